@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/runtime"
+)
+
+var checkpointCommand = &cli.Command{
+	Name:      "checkpoint",
+	Usage:     "save a running container and end it",
+	ArgsUsage: "CONTAINER",
+	Flags: []cli.Flag{
+		&cli.StringFlag{Name: "image-path", Value: "checkpoint", Usage: "directory that gets " + runtime.ImageFile},
+		&cli.StringFlag{Name: "image", Usage: "file for the image, or - for standard output"},
+		&cli.StringFlag{Name: "work-path", Usage: "directory for logs"},
+		&cli.BoolFlag{Name: "leave-running", Usage: "let the container go on afterwards"},
+	},
+	Action: checkpoint,
+}
+
+func checkpoint(c *cli.Context) error {
+	id, err := oneArgument(c, "a container's id")
+	if err != nil {
+		return err
+	}
+	log, err := logger(c)
+	if err != nil {
+		return err
+	}
+	path, stream, err := imageOut(c)
+	if err != nil {
+		return err
+	}
+	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
+		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"), Log: log,
+	})
+	if work := c.String("work-path"); work != "" {
+		err = errors.Join(err, dumpLog(work, err))
+	}
+	if err != nil {
+		return err
+	}
+	logReport(log, "checkpointed", r)
+	return nil
+}
+
+// imageOut is where the image goes: a path, or a stream.
+func imageOut(c *cli.Context) (string, io.Writer, error) {
+	switch image := c.String("image"); {
+	case image != "" && c.IsSet("image-path"):
+		return "", nil, errors.New("--image and --image-path exclude each other")
+	case image == "-":
+		if isTerminal(os.Stdout) {
+			return "", nil, errors.New("--image -: the image is binary and standard output is a terminal; redirect it")
+		}
+		return "", os.Stdout, nil
+	case image != "":
+		path, err := filepath.Abs(image)
+		return path, nil, err
+	}
+	dir, err := filepath.Abs(c.String("image-path"))
+	if err != nil {
+		return "", nil, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", nil, fmt.Errorf("image path: %w", err)
+	}
+	return filepath.Join(dir, runtime.ImageFile), nil, nil
+}
+
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// dumpLog leaves the file that containerd's shim copies: it must exist.
+func dumpLog(dir string, failure error) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("work path: %w", err)
+	}
+	text := "checkpoint done\n"
+	if failure != nil {
+		text = failure.Error() + "\n"
+	}
+	return os.WriteFile(filepath.Join(dir, "dump.log"), []byte(text), 0o600)
+}

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/runtime"
+)
+
+var restoreCommand = &cli.Command{
+	Name:      "restore",
+	Usage:     "make a container from an image and let it run on",
+	ArgsUsage: "CONTAINER",
+	Flags: []cli.Flag{
+		&cli.StringFlag{Name: "image-path", Value: "checkpoint", Usage: "directory that holds " + runtime.ImageFile},
+		&cli.StringFlag{Name: "image", Usage: "file of the image, or - for standard input"},
+		&cli.StringFlag{Name: "work-path", Usage: "directory for logs"},
+		&cli.StringFlag{Name: "bundle", Aliases: []string{"b"}, Value: ".", Usage: "bundle of the new container"},
+		&cli.BoolFlag{Name: "detach", Aliases: []string{"d"}, Usage: "do not wait for the container"},
+		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
+		&cli.BoolFlag{Name: "no-pivot", Usage: "do not use pivot_root (the root is a ramdisk)"},
+		&cli.BoolFlag{Name: "no-new-keyring", Usage: "do not make a session keyring for the container"},
+	},
+	Action: restore,
+}
+
+func restore(c *cli.Context) error {
+	id, err := oneArgument(c, "the new container's id")
+	if err != nil {
+		return err
+	}
+	log, err := logger(c)
+	if err != nil {
+		return err
+	}
+	in, err := imageIn(c)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	o := runtime.RestoreOptions{
+		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
+		NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
+	}
+	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile} {
+		if *to = c.String(name); *to != "" {
+			if *to, err = filepath.Abs(*to); err != nil {
+				return err
+			}
+		}
+	}
+	// A signal that comes after the release is the container's.
+	signals := make(chan os.Signal, 64)
+	r, err := runtime.Restore(c.Context, o)
+	if err != nil {
+		return err
+	}
+	logReport(log, "restored", &r.Report)
+	if c.Bool("detach") {
+		return nil
+	}
+	signal.Notify(signals)
+	return foreground(r, signals)
+}
+
+// foreground forwards signals to the container until its init ends, and exits
+// with its status, as `runc run` does.
+func foreground(r *runtime.Restored, signals <-chan os.Signal) error {
+	go func() {
+		for s := range signals {
+			if s != unix.SIGCHLD && s != unix.SIGURG {
+				_ = r.Signal(s)
+			}
+		}
+	}()
+	state, err := r.Wait()
+	if err != nil {
+		return err
+	}
+	status, ok := state.Sys().(syscall.WaitStatus)
+	switch {
+	case !ok || status.Exited() && status.ExitStatus() == 0:
+		return nil
+	case status.Signaled():
+		return exitStatus(128 + int(status.Signal()))
+	}
+	return exitStatus(status.ExitStatus())
+}
+
+// imageIn opens the image to restore from.
+func imageIn(c *cli.Context) (io.ReadCloser, error) {
+	switch image := c.String("image"); {
+	case image != "" && c.IsSet("image-path"):
+		return nil, errors.New("--image and --image-path exclude each other")
+	case image == "-":
+		return os.Stdin, nil
+	case image != "":
+		return os.Open(image)
+	}
+	return os.Open(filepath.Join(c.String("image-path"), runtime.ImageFile))
+}

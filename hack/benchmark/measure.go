@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// tool is a program that checkpoints and restores containers of runc.
+type tool struct {
+	name, binary string
+}
+
+var (
+	ocickpt = tool{"ocickpt", "bin/ocickpt"}
+	runc    = tool{"runc + criu", "runc"}
+)
+
+// box is one container of a workload.
+type box struct {
+	dir, id string
+	workload
+}
+
+func (b *box) bundle() string { return filepath.Join(b.dir, "bundle") }
+func (b *box) state() string  { return filepath.Join(b.dir, "state") }
+func (b *box) image() string  { return filepath.Join(b.dir, "image") }
+
+// measure runs a new container of the workload through one checkpoint and
+// restore by the tool.
+func measure(dir string, w workload, by tool) (s sample, err error) {
+	work, err := os.MkdirTemp(dir, "box-")
+	if err != nil {
+		return s, err
+	}
+	b := &box{dir: work, id: filepath.Base(work), workload: w}
+	defer func() { err = errors.Join(err, b.remove()) }()
+	if err := b.create(); err != nil {
+		return s, err
+	}
+	if s.start, err = b.start(); err != nil {
+		return s, err
+	}
+	pid, err := b.pid()
+	if err != nil {
+		return s, err
+	}
+	stopped := watchStop(pid)
+	s.checkpoint, s.dumpRSS, err = b.run(by.binary, "--root", b.state(), "checkpoint",
+		"--image-path", b.image(), b.id)
+	s.stopped = stopped()
+	if err != nil {
+		return s, err
+	}
+	if s.image, err = size(b.image()); err != nil {
+		return s, err
+	}
+	s.restore, s.restoreRSS, err = b.run(by.binary, "--root", b.state(), "restore", "--detach",
+		"--image-path", b.image(), "--bundle", b.bundle(), b.id)
+	return s, err
+}
+
+func (b *box) create() error {
+	command := []string{b.bundle(), "busybox", "sh", "-c", "while :; do sleep 0.1; done"}
+	if b.mib > 0 {
+		command = []string{b.bundle(), "host", "/usr/bin/redis-server", "--save", "", "--dir", "/out"}
+	}
+	_, _, err := b.run("hack/bundle", command...)
+	return err
+}
+
+func (b *box) start() (time.Duration, error) {
+	took, _, err := b.run("runc", "--root", b.state(), "run", "-d", "--bundle", b.bundle(), b.id)
+	if err == nil && b.mib > 0 {
+		err = b.fill()
+	}
+	time.Sleep(200 * time.Millisecond) // let it come to rest
+	return took, err
+}
+
+// fill gives redis its values, of 64 KiB each, in calls of 64 MiB. They are not
+// zeros, which an image would not store.
+func (b *box) fill() error {
+	if err := b.inNet("ip", "link", "set", "lo", "up"); err != nil {
+		return err
+	}
+	for try := 0; b.inNet("redis-cli", "ping") != nil; try++ {
+		if try == 100 {
+			return errors.New("redis does not answer")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	const script = `for i=1,1024 do local k=ARGV[1]..':'..i
+		redis.call('SET',k,string.rep(string.format('%16s',k),4096)) end`
+	for chunk := range b.mib / 64 {
+		if err := b.inNet("redis-cli", "eval", script, "0", strconv.Itoa(chunk)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *box) inNet(command ...string) error {
+	pid, err := b.pid()
+	if err != nil {
+		return err
+	}
+	_, _, err = b.run("nsenter", append([]string{"-t", strconv.Itoa(pid), "-n"}, command...)...)
+	return err
+}
+
+func (b *box) pid() (int, error) {
+	out, err := exec.Command("sh", "-c", `runc --root "$0" state "$1" | jq .pid`, b.state(), b.id).Output()
+	if err != nil {
+		return 0, fmt.Errorf("runc state: %w", err)
+	}
+	return strconv.Atoi(strings.TrimSpace(string(out)))
+}
+
+func (b *box) remove() error {
+	err := exec.Command("runc", "--root", b.state(), "delete", "--force", b.id).Run()
+	rootfs := filepath.Join(b.bundle(), "rootfs")
+	if b.mib > 0 {
+		err = errors.Join(err, unix.Unmount(rootfs, unix.MNT_DETACH))
+	}
+	return errors.Join(err, os.RemoveAll(b.dir))
+}
+
+// run runs a command with files, never pipes, as its output, because a
+// container that inherits them would keep a pipe's reader waiting. It returns
+// wall time and the peak resident size in bytes.
+func (b *box) run(name string, args ...string) (time.Duration, int64, error) {
+	output, err := os.CreateTemp(b.dir, "output-")
+	if err != nil {
+		return 0, 0, err
+	}
+	defer output.Close()
+	cmd := exec.Command(name, args...)
+	cmd.Stdout, cmd.Stderr = output, output
+	start := time.Now()
+	err = cmd.Run()
+	took := time.Since(start)
+	if err != nil {
+		text, _ := os.ReadFile(output.Name())
+		return 0, 0, fmt.Errorf("%s %s: %w: %s", name, args[len(args)-1], err, bytes.TrimSpace(text))
+	}
+	usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	if !ok {
+		return 0, 0, errors.New("no resource usage of a finished process")
+	}
+	return took, usage.Maxrss * 1024, nil // Maxrss counts KiB
+}
+
+// watchStop looks from outside how long the task with a pid stands still: from
+// its first look at it frozen (D) or in a tracing stop (t) to the task's end.
+// Its resolution is the quarter of a millisecond between two looks. The
+// function returned waits for the end.
+func watchStop(pid int) func() time.Duration {
+	done := make(chan time.Duration, 1)
+	quit := make(chan struct{})
+	go func() {
+		var first time.Time
+		for {
+			state := taskState(pid)
+			switch {
+			case state == 0, state == 'Z', state == 'X':
+				if first.IsZero() {
+					first = time.Now()
+				}
+				done <- time.Since(first)
+				return
+			case (state == 't' || state == 'D') && first.IsZero():
+				first = time.Now()
+			case state == 'S' || state == 'R':
+				first = time.Time{}
+			}
+			select {
+			case <-quit:
+				done <- 0
+				return
+			case <-time.After(250 * time.Microsecond):
+			}
+		}
+	}()
+	return func() time.Duration {
+		select {
+		case d := <-done:
+			return d
+		case <-time.After(5 * time.Second):
+			close(quit)
+			return <-done
+		}
+	}
+}
+
+// taskState is the letter after the last ")" of /proc/PID/stat, 0 if the task
+// is gone.
+func taskState(pid int) byte {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	i := bytes.LastIndexByte(stat, ')')
+	if i < 0 || i+2 >= len(stat) {
+		return 0
+	}
+	return stat[i+2]
+}
+
+func size(dir string) (total int64, err error) {
+	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			total += info.Size()
+		}
+		return err
+	})
+	return total, err
+}
+
+// ddRate is what dd writes to the file system of dir, in bytes a second: the
+// median of three files of 1 GiB after one to warm up.
+func ddRate(dir string) (float64, error) {
+	target := filepath.Join(dir, "dd")
+	defer os.Remove(target)
+	var samples []sample
+	for turn := range 4 {
+		os.Remove(target)
+		start := time.Now()
+		out, err := exec.Command("dd", "if=/dev/zero", "of="+target, "bs=1M", "count=1024").CombinedOutput()
+		if err != nil {
+			return 0, fmt.Errorf("dd: %w: %s", err, out)
+		}
+		if turn > 0 {
+			samples = append(samples, sample{checkpoint: time.Since(start)})
+		}
+	}
+	return (1 << 30) / median(samples).checkpoint.Seconds(), nil
+}
+
+// criuBroken tells why runc checkpoint does not work here, nil if it does.
+func criuBroken(dir string) error {
+	if _, err := exec.LookPath("criu"); err != nil {
+		return err
+	}
+	if _, err := measure(dir, workload{name: "probe"}, runc); err != nil {
+		first, _, _ := strings.Cut(err.Error(), "\n")
+		return errors.New(first)
+	}
+	return nil
+}

@@ -1,0 +1,202 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// Bounds on single fields, each from the kernel's own limit where it has one.
+const (
+	maxString = 64 << 10 // any name; overlay mount options are the longest
+	maxSpec   = 16 << 20 // a JSON configuration
+	maxComm   = 15       // TASK_COMM_LEN without its NUL
+	maxPIDs   = 33       // MAX_PID_NS_LEVEL and the initial namespace
+	maxSignal = 64       // _NSIG
+	userEnd   = 1 << 56  // end of user addresses with five-level page tables
+)
+
+var namespaceTypes = []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"}
+
+// checkStrings checks every Go string below v: the kernel's names end at NUL,
+// so one inside a name would name something else than was checked.
+func checkStrings(v any) error { return walkStrings(reflect.ValueOf(v)) }
+
+func walkStrings(v reflect.Value) error {
+	switch v.Kind() {
+	case reflect.String:
+		return checkString(v.String())
+	case reflect.Pointer:
+		if !v.IsNil() {
+			return walkStrings(v.Elem())
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			if err := walkStrings(v.Field(i)); err != nil {
+				return err
+			}
+		}
+	case reflect.Slice:
+		return walkSlice(v)
+	case reflect.Map:
+		for _, k := range v.MapKeys() {
+			if err := first(walkStrings(k), walkStrings(v.MapIndex(k))); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func walkSlice(v reflect.Value) error {
+	switch v.Type().Elem().Kind() {
+	case reflect.String, reflect.Struct, reflect.Pointer:
+	default:
+		return nil // numbers and blobs
+	}
+	for i := range v.Len() {
+		if err := walkStrings(v.Index(i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkString(s string) error {
+	if len(s) > maxString {
+		return fmt.Errorf("a name of %d bytes is longer than %d", len(s), maxString)
+	}
+	if strings.ContainsRune(s, 0) {
+		return fmt.Errorf("the name %s has a NUL in it", quote(s))
+	}
+	return nil
+}
+
+func checkHeader(h *Header) error {
+	switch {
+	case h.Magic != HeaderMagic:
+		return ErrNotImage
+	case h.Revision > Revision:
+		return &RevisionError{Image: h.Revision, Supported: Revision}
+	case h.Revision == 0:
+		return errors.New("format revision 0 does not exist")
+	case h.ByteOrder != "little":
+		return fmt.Errorf("byte order %s is not supported, only \"little\" is", quote(h.ByteOrder))
+	}
+	return nil
+}
+
+func checkArch(a *Arch) error {
+	if a.PageSize != PageSize {
+		return fmt.Errorf("page size %d is not supported, only %d is", a.PageSize, PageSize)
+	}
+	return nil
+}
+
+func checkContainer(c *Container) error {
+	if len(c.Spec) > maxSpec || len(c.Config) > maxSpec {
+		return fmt.Errorf("a configuration is longer than %d bytes", maxSpec)
+	}
+	if len(c.Stdio) > 3 {
+		return fmt.Errorf("it gives %d standard streams, there are 3", len(c.Stdio))
+	}
+	var last Ref
+	for _, ns := range c.Namespaces {
+		if ns.Ref <= last {
+			return fmt.Errorf("reference %d of a %s namespace does not ascend", ns.Ref, quote(ns.Type))
+		}
+		if !slices.Contains(namespaceTypes, ns.Type) {
+			return fmt.Errorf("%s is no type of namespace", quote(ns.Type))
+		}
+		last = ns.Ref
+	}
+	return nil
+}
+
+// checkTree checks that ids are positive and used once, and that parents stand
+// before their children, which also rules out a process below itself.
+func checkTree(t *Tree) error {
+	if len(t.Processes) == 0 {
+		return errors.New("it has no process")
+	}
+	pids, ids := map[int32]bool{}, map[int32]bool{}
+	for i := range t.Processes {
+		p := &t.Processes[i]
+		if err := checkProcess(p); err != nil {
+			return fmt.Errorf("process %d: %w", p.Pid, err)
+		}
+		if p.Ppid != 0 && !pids[p.Ppid] {
+			return fmt.Errorf("process %d: its parent %d does not stand before it", p.Pid, p.Ppid)
+		}
+		pids[p.Pid] = true
+		for _, id := range p.ids() {
+			if ids[id] {
+				return fmt.Errorf("process %d: id %d is used twice", p.Pid, id)
+			}
+			ids[id] = true
+		}
+	}
+	return nil
+}
+
+// ids returns the ids a process takes in its namespace: those of its threads,
+// or its pid alone once they are gone.
+func (p *Process) ids() []int32 {
+	if p.Zombie {
+		return []int32{p.Pid}
+	}
+	return p.Threads
+}
+
+func checkProcess(p *Process) error {
+	positive := func(id int32) bool { return id > 0 }
+	switch {
+	case p.Pid <= 0:
+		return errors.New("a pid must be positive")
+	case p.Ppid < 0 || p.Pgid < 0 || p.Sid < 0:
+		return errors.New("its parent, group or session is negative")
+	case len(p.Pids) > maxPIDs || !all(p.Pids, positive):
+		return errors.New("its pids in the namespaces are not valid")
+	case !slices.Contains(p.Pids, p.Pid):
+		return errors.New("its pid is not among its pids in the namespaces")
+	case p.Zombie && len(p.Threads) != 0:
+		return errors.New("a zombie has no threads")
+	case !p.Zombie && (len(p.Threads) == 0 || p.Threads[0] != p.Pid):
+		return errors.New("its threads must begin with its leader")
+	case !all(p.Threads, positive):
+		return errors.New("a tid must be positive")
+	}
+	return checkComm(p.Comm)
+}
+
+func checkComm(comm []byte) error {
+	if len(comm) > maxComm || slices.Contains(comm, 0) {
+		return fmt.Errorf("comm %s is not valid", quote(string(comm)))
+	}
+	return nil
+}
+
+// all reports whether ok holds for every element.
+func all[T any](s []T, ok func(T) bool) bool {
+	return !slices.ContainsFunc(s, func(v T) bool { return !ok(v) })
+}
+
+// first returns the first error, so that a message stays one line.
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// need checks that ref names an object of type T, called what in a message.
+func need[T any](b *builder, ref Ref, what string) error {
+	if object[T](&b.Head, ref) == nil {
+		return fmt.Errorf("reference %d names no %s before it", ref, what)
+	}
+	return nil
+}

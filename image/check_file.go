@@ -1,0 +1,170 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+)
+
+// part is one of the parts a File may carry for its kind.
+type part int
+
+const (
+	partNone part = iota
+	partPipe
+	partShmem
+	partEpoll
+	partEventfd
+	partTimerfd
+	partSignalfd
+	partSocket
+)
+
+// kinds gives each kind of open file the part it must carry.
+var kinds = map[string]part{
+	KindRegular:   partNone,
+	KindDirectory: partNone,
+	KindDevice:    partNone,
+	KindPipe:      partPipe,
+	KindFifo:      partPipe,
+	KindEpoll:     partEpoll,
+	KindEventfd:   partEventfd,
+	KindTimerfd:   partTimerfd,
+	KindSignalfd:  partSignalfd,
+	KindSocket:    partSocket,
+	KindProc:      partNone,
+	KindStdio:     partNone,
+	KindShmem:     partShmem,
+	KindPath:      partNone,
+}
+
+func (b *builder) checkFile(f *File) error {
+	want, ok := kinds[f.Kind]
+	switch {
+	case !ok:
+		return fmt.Errorf("open file of kind %s is not known to this program", quote(f.Kind))
+	case f.onlyPart(want) != nil:
+		return f.onlyPart(want)
+	case f.Size < 0 || f.Pos < 0:
+		return errors.New("its size or position is negative")
+	case f.Stdio < 0 || f.Stdio > 2:
+		return fmt.Errorf("standard stream %d does not exist", f.Stdio)
+	case f.Kind == KindProc && f.Pid < 0:
+		return fmt.Errorf("pid %d is negative", f.Pid)
+	}
+	switch want {
+	case partPipe:
+		return need[Pipe](b, f.Pipe, "pipe")
+	case partShmem:
+		return need[Shmem](b, f.Pipe, "shared memory")
+	case partEpoll:
+		return b.checkEpoll(f.Epoll)
+	case partSocket:
+		return checkSocket(f.Socket)
+	}
+	return nil
+}
+
+// onlyPart checks that a file carries the part its kind needs and no other.
+func (f *File) onlyPart(want part) error {
+	carried := map[part]bool{
+		partPipe:     f.Pipe != 0,
+		partEpoll:    f.Epoll != nil,
+		partEventfd:  f.Eventfd != nil,
+		partTimerfd:  f.Timerfd != nil,
+		partSignalfd: f.Signalfd != nil,
+		partSocket:   f.Socket != nil,
+	}
+	if want == partShmem {
+		want = partPipe // the same field
+	}
+	if want != partNone && !carried[want] {
+		return fmt.Errorf("an open file of kind %s without the part that describes it", f.Kind)
+	}
+	for p, is := range carried {
+		if is && p != want {
+			return fmt.Errorf("an open file of kind %s with a part of another kind", f.Kind)
+		}
+	}
+	return nil
+}
+
+// checkEpoll checks the targets of an interest list. They stand before it, so
+// epolls that watch epolls cannot form a loop; the kernel forbids one too.
+func (b *builder) checkEpoll(e *Epoll) error {
+	for _, entry := range e.Entries {
+		if err := need[File](b, entry.File, "open file"); err != nil {
+			return fmt.Errorf("epoll entry for fd %d: %w", entry.FD, err)
+		}
+	}
+	return nil
+}
+
+func checkSocket(s *Socket) error {
+	const maxSockaddr, maxOption = 128, 64 << 10 // sizeof(struct sockaddr_storage)
+	if len(s.Address) > maxSockaddr {
+		return fmt.Errorf("socket address of %d bytes", len(s.Address))
+	}
+	for _, o := range s.Options {
+		if len(o.Value) > maxOption {
+			return fmt.Errorf("socket option %d/%d of %d bytes", o.Level, o.Name, len(o.Value))
+		}
+	}
+	return nil
+}
+
+func (b *builder) checkFiles(f *Files) error {
+	seen := make(map[int32]bool, len(f.Descriptors))
+	for _, d := range f.Descriptors {
+		if d.FD < 0 || seen[d.FD] {
+			return fmt.Errorf("fd %d is negative or stands twice", d.FD)
+		}
+		seen[d.FD] = true
+		if err := need[File](b, d.File, "open file"); err != nil {
+			return fmt.Errorf("fd %d: %w", d.FD, err)
+		}
+	}
+	return nil
+}
+
+func checkFS(f *FS) error {
+	if f.Umask > 0o777 {
+		return fmt.Errorf("umask %#o", f.Umask)
+	}
+	return nil
+}
+
+func checkPipe(p *Pipe) error {
+	if p.Length > p.Capacity {
+		return fmt.Errorf("a pipe of %d bytes holds %d", p.Capacity, p.Length)
+	}
+	return nil
+}
+
+// bytes checks a TypeBytes record of n raw bytes that begin at offset of the
+// object, and takes note of them. An object's bytes ascend; those of a pipe,
+// which has no holes, follow one another.
+func (b *builder) bytes(ref Ref, offset, n uint64) error {
+	var size uint64
+	next := b.progress[ref]
+	switch o := b.Objects[ref].(type) {
+	case *Pipe:
+		size = uint64(o.Length)
+		if offset != next {
+			return fmt.Errorf("bytes of pipe #%d at %d do not follow those before, which end at %d", ref, offset, next)
+		}
+	case *File:
+		size = uint64(o.Size)
+	default:
+		return fmt.Errorf("reference %d names no pipe or file", ref)
+	}
+	switch {
+	case n == 0:
+		return errors.New("it has no bytes")
+	case offset < next:
+		return fmt.Errorf("bytes at %d of object #%d stand twice", offset, ref)
+	case offset > size || n > size-offset:
+		return fmt.Errorf("%d bytes at %d are outside object #%d of %d bytes", n, offset, ref, size)
+	}
+	b.progress[ref] = offset + n
+	return nil
+}

@@ -1,0 +1,136 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"sort"
+)
+
+const maxAuxv = 8 << 10 // AT_VECTOR_SIZE is a few hundred bytes
+
+func (b *builder) checkMM(m *MM) error {
+	if len(m.Auxv) > maxAuxv {
+		return fmt.Errorf("an auxiliary vector of %d bytes", len(m.Auxv))
+	}
+	if err := need[File](b, m.Exe, "open file"); err != nil {
+		return fmt.Errorf("its executable: %w", err)
+	}
+	var end uint64
+	for i := range m.Areas {
+		a := &m.Areas[i]
+		if err := b.checkArea(a, end); err != nil {
+			return fmt.Errorf("area %#x-%#x: %w", a.Start, a.End, err)
+		}
+		end = a.End
+	}
+	return nil
+}
+
+// checkArea checks one mapping; prev is where the one before it ends.
+func (b *builder) checkArea(a *Area, prev uint64) error {
+	switch {
+	case a.Start%PageSize != 0 || a.End%PageSize != 0 || a.Offset%PageSize != 0:
+		return errors.New("it is not aligned to pages")
+	case a.Start >= a.End:
+		return errors.New("it is empty")
+	case a.Start < prev:
+		return fmt.Errorf("it begins before the end of the one before it, %#x", prev)
+	case a.End > userEnd:
+		return errors.New("it is not in user space")
+	case a.Offset+a.Size() < a.Offset:
+		return fmt.Errorf("offset %#x is too large", a.Offset)
+	}
+	switch a.Kind {
+	case AreaFile:
+		return need[File](b, a.File, "open file")
+	case AreaShmem:
+		return need[Shmem](b, a.File, "shared memory")
+	case AreaAnon, AreaVDSO:
+		if a.File != 0 {
+			return fmt.Errorf("an area of kind %s with an object behind it", a.Kind)
+		}
+		return nil
+	}
+	return fmt.Errorf("kind %s is not known to this program", quote(a.Kind))
+}
+
+// Size returns the area's length in bytes.
+func (a *Area) Size() uint64 { return a.End - a.Start }
+
+// Area returns the mapping that addr lies in, or nil where nothing is mapped.
+func (m *MM) Area(addr uint64) *Area {
+	i := sort.Search(len(m.Areas), func(i int) bool { return m.Areas[i].End > addr })
+	if i == len(m.Areas) || addr < m.Areas[i].Start {
+		return nil
+	}
+	return &m.Areas[i]
+}
+
+// covers reports whether everything from start to end is mapped. Neighbouring
+// areas may share a run of pages.
+func (m *MM) covers(start, end uint64) bool {
+	for start < end {
+		a := m.Area(start)
+		if a == nil {
+			return false
+		}
+		start = a.End
+	}
+	return true
+}
+
+func checkShmem(s *Shmem) error {
+	if s.Size > 1<<62 { // loff_t, with room to round up
+		return fmt.Errorf("shared memory of %d bytes", s.Size)
+	}
+	return nil
+}
+
+// end returns the address after the run; ok is false where it is not a
+// sensible run: empty, not aligned, or beyond every address and offset.
+func (r Run) end() (end uint64, ok bool) {
+	end = r.Addr + uint64(r.Count)*PageSize
+	return end, r.Count > 0 && r.Addr%PageSize == 0 && r.Addr <= 1<<62
+}
+
+// pages checks the runs of a TypePages record that has raw bytes behind it.
+func (b *builder) pages(ref Ref, runs []Run, raw uint64) error {
+	if len(runs) == 0 || len(runs) > MaxRuns {
+		return fmt.Errorf("%d runs, there may be 1 to %d", len(runs), MaxRuns)
+	}
+	var prev, stored uint64
+	for _, r := range runs {
+		end, ok := r.end()
+		if !ok || r.Addr < prev {
+			return fmt.Errorf("run of %d pages at %#x is not aligned, empty or out of order", r.Count, r.Addr)
+		}
+		if err := b.inside(ref, r.Addr, end); err != nil {
+			return err
+		}
+		if !r.Zero {
+			stored += end - r.Addr
+		}
+		prev = end
+	}
+	if stored != raw {
+		return fmt.Errorf("its runs need %d raw bytes, it has %d", stored, raw)
+	}
+	return nil
+}
+
+// inside checks that pages from start to end belong to the object ref.
+func (b *builder) inside(ref Ref, start, end uint64) error {
+	switch o := b.Objects[ref].(type) {
+	case *MM:
+		if !o.covers(start, end) {
+			return fmt.Errorf("pages %#x-%#x are outside the areas of address space #%d", start, end, ref)
+		}
+	case *Shmem:
+		if end > (o.Size+PageSize-1)&^(PageSize-1) {
+			return fmt.Errorf("pages %#x-%#x are outside shared memory #%d of %d bytes", start, end, ref, o.Size)
+		}
+	default:
+		return fmt.Errorf("reference %d names no address space or shared memory", ref)
+	}
+	return nil
+}

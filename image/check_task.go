@@ -1,0 +1,134 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Bounds on what one task or thread carries.
+const (
+	siginfoSize = 128     // sizeof(siginfo_t)
+	maxPending  = 1 << 16 // queued signals; RLIMIT_SIGPENDING bounds them per user
+	maxTimers   = 1 << 16
+	maxGroups   = 1 << 16 // NGROUPS_MAX
+	maxLimits   = 64      // RLIM_NLIMITS is 16
+	maxXState   = 64 << 10
+	maxRegs     = 4 << 10
+	maxAffinity = 8 << 10
+	maxFilter   = 4096 * 8 // BPF_MAXINSNS instructions of sock_filter
+	maxFilters  = 4096
+
+	regsAMD64 = 27 * 8 // sizeof(struct user_regs_struct)
+	sigevNone = 1      // SIGEV_NONE
+)
+
+func (b *builder) checkTask(t *Task) error {
+	if err := b.checkTaskParts(t); err != nil {
+		return fmt.Errorf("process %d: %w", t.Pid, err)
+	}
+	for i := range t.Threads {
+		if err := b.checkThread(&t.Threads[i]); err != nil {
+			return fmt.Errorf("process %d: thread %d: %w", t.Pid, t.Threads[i].Tid, err)
+		}
+	}
+	return nil
+}
+
+func (b *builder) checkTaskParts(t *Task) error {
+	p := b.processes[t.Pid]
+	switch {
+	case p == nil:
+		return errors.New("the tree has no such process")
+	case p.Zombie:
+		return errors.New("the tree says it is a zombie, which has no task")
+	case b.tasks[t.Pid] != nil:
+		return errors.New("it already has a task")
+	case !sameThreads(t, p):
+		return errors.New("its threads are not those of the tree")
+	case len(t.Rlimits) > maxLimits:
+		return fmt.Errorf("it has %d resource limits", len(t.Rlimits))
+	case len(t.ITimers) > 3 || len(t.Timers) > maxTimers:
+		return errors.New("it has too many timers")
+	case !validSignal(t.Stopped) || !validSignal(t.ExitSignal):
+		return errors.New("its exit signal or stop signal is not a signal")
+	}
+	return first(
+		checkPending(t.Pending), checkTimers(t),
+		need[MM](b, t.MM, "address space"), need[Files](b, t.Files, "descriptor table"),
+		need[FS](b, t.FS, "file system context"), need[Sighand](b, t.Sighand, "signal actions"))
+}
+
+func sameThreads(t *Task, p *Process) bool {
+	return slices.EqualFunc(t.Threads, p.Threads, func(th Thread, tid int32) bool { return th.Tid == tid })
+}
+
+// validSignal accepts zero, which stands for none.
+func validSignal(sig int32) bool { return sig >= 0 && sig <= maxSignal }
+
+func checkPending(queue [][]byte) error {
+	if len(queue) > maxPending {
+		return fmt.Errorf("%d signals are queued", len(queue))
+	}
+	for _, info := range queue {
+		if len(info) != siginfoSize {
+			return fmt.Errorf("a siginfo_t of %d bytes, not %d", len(info), siginfoSize)
+		}
+	}
+	return nil
+}
+
+// checkTimers checks that each timer is one the kernel could have had; timer
+// ids are unique in a process because timer_create(2) handed them out.
+func checkTimers(t *Task) error {
+	for _, it := range t.ITimers {
+		if it.Which < 0 || it.Which > 2 || it.Interval < 0 || it.Value < 0 {
+			return fmt.Errorf("interval timer %d is not valid", it.Which)
+		}
+	}
+	ids := map[int32]bool{}
+	for _, pt := range t.Timers {
+		// With SIGEV_NONE the kernel keeps any number as the signal.
+		signal := pt.Notify == sigevNone || validSignal(pt.Signal)
+		if pt.ID < 0 || ids[pt.ID] || pt.Interval < 0 || pt.Left < 0 || !signal {
+			return fmt.Errorf("posix timer %d is not valid", pt.ID)
+		}
+		ids[pt.ID] = true
+	}
+	return nil
+}
+
+func (b *builder) checkThread(t *Thread) error {
+	switch {
+	case len(t.Regs) == 0 || len(t.Regs) > maxRegs || len(t.Regs)%8 != 0:
+		return fmt.Errorf("general registers of %d bytes", len(t.Regs))
+	case b.Arch.Machine == "x86_64" && len(t.Regs) != regsAMD64:
+		return fmt.Errorf("general registers of %d bytes, x86_64 has %d", len(t.Regs), regsAMD64)
+	case len(t.XState) > maxXState:
+		return fmt.Errorf("an extended state of %d bytes", len(t.XState))
+	case len(t.Affinity) > maxAffinity:
+		return fmt.Errorf("an affinity mask of %d bytes", len(t.Affinity))
+	case len(t.Creds.Groups) > maxGroups:
+		return fmt.Errorf("%d supplementary groups", len(t.Creds.Groups))
+	case len(t.Seccomp) > maxFilters || !all(t.Seccomp, validFilter):
+		return errors.New("its seccomp filters are not valid")
+	case !validSignal(t.PDeathSig):
+		return fmt.Errorf("parent death signal %d", t.PDeathSig)
+	}
+	return first(checkComm(t.Comm), checkPending(t.Pending))
+}
+
+func validFilter(f Filter) bool {
+	return len(f.Program) > 0 && len(f.Program) <= maxFilter && len(f.Program)%8 == 0
+}
+
+func checkSighand(s *Sighand) error {
+	seen := map[int32]bool{}
+	for _, a := range s.Actions {
+		if a.Signal == 0 || !validSignal(a.Signal) || seen[a.Signal] {
+			return fmt.Errorf("action for signal %d is not valid or stands twice", a.Signal)
+		}
+		seen[a.Signal] = true
+	}
+	return nil
+}

@@ -1,0 +1,232 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Head is the metadata of a stream, sections 1 to 5. One returned by
+// Reader.Head has been checked whole: every reference resolves to an object
+// of the type it should have, and every live process has its task.
+type Head struct {
+	Header    Header
+	Arch      Arch
+	Container Container
+	Tree      Tree
+	Tasks     []*Task     // in the order of the stream
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *MM, *Shmem, *Sighand, *Namespace
+
+	tasks map[int32]*Task
+}
+
+// object returns the object that ref names, or nil where it has another type.
+func object[T any](h *Head, ref Ref) *T {
+	o, _ := h.Objects[ref].(*T)
+	return o
+}
+
+// File returns the open file description ref, or nil if there is none.
+func (h *Head) File(ref Ref) *File { return object[File](h, ref) }
+
+// Files returns the descriptor table ref, or nil if there is none.
+func (h *Head) Files(ref Ref) *Files { return object[Files](h, ref) }
+
+// FS returns the file system context ref, or nil if there is none.
+func (h *Head) FS(ref Ref) *FS { return object[FS](h, ref) }
+
+// Pipe returns the pipe buffer ref, or nil if there is none.
+func (h *Head) Pipe(ref Ref) *Pipe { return object[Pipe](h, ref) }
+
+// MM returns the address space ref, or nil if there is none.
+func (h *Head) MM(ref Ref) *MM { return object[MM](h, ref) }
+
+// Shmem returns the shared memory ref, or nil if there is none.
+func (h *Head) Shmem(ref Ref) *Shmem { return object[Shmem](h, ref) }
+
+// Sighand returns the table of signal actions ref, or nil if there is none.
+func (h *Head) Sighand(ref Ref) *Sighand { return object[Sighand](h, ref) }
+
+// Namespace returns the namespace ref, or nil if there is none.
+func (h *Head) Namespace(ref Ref) *Namespace { return object[Namespace](h, ref) }
+
+// Task returns the task of the process pid, or nil for a zombie or a pid that
+// the image does not have.
+func (h *Head) Task(pid int32) *Task { return h.tasks[pid] }
+
+// builder checks the records of a stream one by one and assembles the head
+// from them. Writer and Reader each own one, so that both hold a stream to the
+// same rules.
+type builder struct {
+	Head
+	section   section
+	last      Ref                // highest reference defined so far
+	metadata  uint64             // payload bytes of sections 1 to 5
+	processes map[int32]*Process // by pid
+	progress  map[Ref]uint64     // where the next TypeBytes of an object may begin
+}
+
+func newBuilder() *builder {
+	return &builder{
+		Head:      Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}},
+		processes: map[int32]*Process{},
+		progress:  map[Ref]uint64{},
+	}
+}
+
+// place checks that a record of type t with reference ref may stand next.
+func (b *builder) place(t Type, ref Ref) error {
+	info, ok := types[t]
+	if !ok {
+		return errors.New("this record type is not known to this program")
+	}
+	if err := b.order(info.section); err != nil {
+		return err
+	}
+	switch {
+	case info.object && ref <= b.last:
+		return fmt.Errorf("reference %d does not ascend: %d is already taken", ref, b.last)
+	case !info.object && !t.bulk() && ref != 0:
+		return fmt.Errorf("it must not carry a reference, but carries %d", ref)
+	}
+	return nil
+}
+
+// order checks that section next may follow the one the stream is in. The
+// first four hold one record each.
+func (b *builder) order(next section) error {
+	switch {
+	case b.section >= sectionTrailer:
+		return errors.New("it stands after the stream's last record")
+	case next == sectionError:
+		return nil
+	case b.section < sectionTree && next != b.section+1:
+		return errors.New("it is out of order: a stream begins with header, arch, container and tree")
+	case next <= sectionTree && next != b.section+1:
+		return errors.New("it is out of order: it may stand only once, at the beginning")
+	case next < b.section:
+		return errors.New("it is out of order: objects stand before contents")
+	}
+	if next > sectionObjects && b.section <= sectionObjects {
+		return b.complete()
+	}
+	return nil
+}
+
+// commit takes note of a record that passed its checks.
+func (b *builder) commit(t Type, ref Ref) {
+	b.section = types[t].section
+	if types[t].object {
+		b.last = ref
+	}
+}
+
+// add checks a metadata record, v pointing to its structure and size being the
+// bytes of its payload, and takes it into the head. A record that is refused
+// changes nothing.
+func (b *builder) add(t Type, ref Ref, v any, size uint64) error {
+	if err := first(b.place(t, ref), b.room(t, size), checkStrings(v)); err != nil {
+		return err
+	}
+	if err := b.check(v); err != nil {
+		return err
+	}
+	b.metadata += size
+	b.keep(ref, v)
+	b.commit(t, ref)
+	return nil
+}
+
+// check applies the rules of the record's own type.
+func (b *builder) check(v any) error {
+	switch v := v.(type) {
+	case *Header:
+		return checkHeader(v)
+	case *Arch:
+		return checkArch(v)
+	case *Container:
+		return checkContainer(v)
+	case *Tree:
+		return checkTree(v)
+	case *Task:
+		return b.checkTask(v)
+	case *File:
+		return b.checkFile(v)
+	case *Files:
+		return b.checkFiles(v)
+	case *FS:
+		return checkFS(v)
+	case *Pipe:
+		return checkPipe(v)
+	case *MM:
+		return b.checkMM(v)
+	case *Shmem:
+		return checkShmem(v)
+	case *Sighand:
+		return checkSighand(v)
+	}
+	return nil
+}
+
+// keep takes a checked record into the head.
+func (b *builder) keep(ref Ref, v any) {
+	switch v := v.(type) {
+	case *Header:
+		b.Header = *v
+	case *Arch:
+		b.Arch = *v
+	case *Container:
+		b.Container = *v
+		for i := range v.Namespaces {
+			ns := &b.Container.Namespaces[i]
+			b.Objects[ns.Ref] = ns
+			b.last = ns.Ref
+		}
+	case *Tree:
+		b.Tree = *v
+		b.index()
+	case *Task:
+		b.Tasks = append(b.Tasks, v)
+		b.tasks[v.Pid] = v
+	case *Trailer, *Error:
+	default:
+		b.Objects[ref] = v
+	}
+}
+
+// index makes the tree's processes known by their pids.
+func (b *builder) index() {
+	for i := range b.Tree.Processes {
+		p := &b.Tree.Processes[i]
+		b.processes[p.Pid] = p
+	}
+}
+
+// complete checks what can be known only at the end of section 5.
+func (b *builder) complete() error {
+	for i := range b.Tree.Processes {
+		p := &b.Tree.Processes[i]
+		if !p.Zombie && b.tasks[p.Pid] == nil {
+			return fmt.Errorf("the image has no task record for process %d", p.Pid)
+		}
+	}
+	return nil
+}
+
+// finish checks what can be known only at the end of the contents.
+func (b *builder) finish() error {
+	for ref, o := range b.Objects {
+		if p, ok := o.(*Pipe); ok && b.progress[ref] != uint64(p.Length) {
+			return fmt.Errorf("pipe #%d holds %d bytes, the image has %d of them", ref, p.Length, b.progress[ref])
+		}
+	}
+	return nil
+}
+
+// room checks that a payload of n bytes fits into the stream's metadata. The
+// last record always fits, so that a failure can be told.
+func (b *builder) room(t Type, n uint64) error {
+	if types[t].section < sectionTrailer && n > MaxMetadata-b.metadata {
+		return fmt.Errorf("the metadata is larger than %d bytes", MaxMetadata)
+	}
+	return nil
+}

@@ -1,0 +1,474 @@
+package image
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// forge writes records with good checksums that the Writer would refuse.
+type forge struct {
+	bytes.Buffer
+	*Writer
+}
+
+func newForge() *forge {
+	f := &forge{}
+	f.Writer = NewWriter(&f.Buffer)
+	return f
+}
+
+// raw writes a record with any payload.
+func (f *forge) raw(t Type, ref Ref, payload []byte) {
+	f.begin(t, ref, uint64(len(payload)))
+	f.put(payload)
+	_ = f.end()
+}
+
+// any writes a record with the encoding of any value.
+func (f *forge) any(t testing.TB, ty Type, ref Ref, v any) {
+	t.Helper()
+	p, err := encode(v)
+	check(t, err)
+	f.raw(ty, ref, p)
+}
+
+// head writes the sample's first n records, n at most 4.
+func (f *forge) head(t testing.TB, n int) {
+	t.Helper()
+	for _, r := range []sampleRecord{
+		{TypeHeader, sampleHeader()}, {TypeArch, sampleArch()}, {TypeContainer, sampleContainer()}, {TypeTree, sampleTree()},
+	}[:n] {
+		f.any(t, r.t, 0, r.v)
+	}
+}
+
+// objects writes the sample's fifth section.
+func (f *forge) objects(t testing.TB) {
+	t.Helper()
+	ref := Ref(3)
+	for _, r := range sampleObjects() {
+		if types[r.t].object {
+			f.any(t, r.t, ref, r.v)
+			ref++
+		} else {
+			f.any(t, r.t, 0, r.v)
+		}
+	}
+}
+
+func (f *forge) image() []byte {
+	_ = f.flush()
+	return f.Buffer.Bytes()
+}
+
+// refused checks that Verify and Inspect refuse an image with one line that
+// says what is expected, without much memory.
+func refused(t *testing.T, image []byte, want string) {
+	t.Helper()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := Verify(bytes.NewReader(image))
+	runtime.ReadMemStats(&after)
+	if used := after.TotalAlloc - before.TotalAlloc; used > 64<<20+20*uint64(len(image)) {
+		t.Errorf("refusing it allocated %d bytes", used)
+	}
+	if err == nil {
+		t.Fatalf("it was accepted; want %q", want)
+	}
+	if !strings.Contains(err.Error(), want) || strings.ContainsAny(err.Error(), "\n\x1b") {
+		t.Errorf("message %q, want %q in it", err, want)
+	}
+	if _, err := Inspect(bytes.NewReader(image)); err == nil {
+		t.Error("Inspect accepts it")
+	}
+}
+
+func TestEveryFlipDetected(t *testing.T) {
+	image := smallImage(t)
+	for i := range image {
+		for _, bit := range []byte{1, 0x80, 0xff} {
+			damaged := bytes.Clone(image)
+			damaged[i] ^= bit
+			if _, err := Verify(bytes.NewReader(damaged)); err == nil {
+				t.Errorf("byte %d changed by %#x is not detected", i, bit)
+			}
+		}
+	}
+}
+
+func TestEveryTruncationDetected(t *testing.T) {
+	image := smallImage(t)
+	for n := range image {
+		_, err := Verify(bytes.NewReader(image[:n]))
+		want := ErrTruncated
+		if n < preHeaderSize {
+			want = ErrNotImage
+		}
+		if !errors.Is(err, want) {
+			t.Errorf("cut to %d bytes: %v", n, err)
+		}
+	}
+}
+
+func TestTrailingGarbage(t *testing.T) {
+	refused(t, append(sampleImage(t), 0), "goes on after its trailer")
+}
+
+func TestNotImage(t *testing.T) {
+	for _, s := range []string{"", "short", "\x7fELF\x02\x01\x01 and some more bytes", string(make([]byte, 100))} {
+		if _, err := Verify(strings.NewReader(s)); !errors.Is(err, ErrNotImage) {
+			t.Errorf("%q: %v", s, err)
+		}
+	}
+	f := newForge()
+	h := sampleHeader()
+	h.Magic = TrailerMagic
+	f.any(t, TypeHeader, 0, h)
+	if _, err := Verify(bytes.NewReader(f.image())); err != ErrNotImage {
+		t.Errorf("wrong magic: %v", err)
+	}
+}
+
+// TestNewerRevision uses a header whose other fields this revision cannot
+// decode.
+func TestNewerRevision(t *testing.T) {
+	f := newForge()
+	f.any(t, TypeHeader, 0, map[int]any{1: HeaderMagic, 2: Revision + 1, 3: []int{1, 2}, 8: "all"})
+	_, err := Verify(bytes.NewReader(f.image()))
+	var newer *RevisionError
+	if !errors.As(err, &newer) || newer.Image != 2 || newer.Supported != 1 {
+		t.Fatalf("%v", err)
+	}
+	if !strings.Contains(err.Error(), "revision 2") || !strings.Contains(err.Error(), "revision 1") {
+		t.Errorf("message %q", err)
+	}
+}
+
+func TestUnknownKeysTolerated(t *testing.T) {
+	f := newForge()
+	f.head(t, 3)
+	f.any(t, TypeTree, 0, map[int]any{
+		1: []any{map[int]any{1: 1, 2: 0, 3: 1, 4: 1, 5: []int{1}, 7: true, 9: []byte("init"), 99: map[string]any{"new": []int{1}}}},
+		2: "a field of a later writer",
+	})
+	f.any(t, TypeTrailer, 0, f.tally.trailer())
+	if _, err := Verify(bytes.NewReader(f.image())); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOrder(t *testing.T) {
+	pipe := Pipe{Capacity: 4096}
+	for name, c := range map[string]struct {
+		write func(f *forge)
+		want  string
+	}{
+		"arch first":      {func(f *forge) { f.any(t, TypeArch, 0, sampleArch()) }, "not an ocickpt image"},
+		"no arch":         {func(f *forge) { f.head(t, 1); f.any(t, TypeContainer, 0, sampleContainer()) }, "container record at offset 128: it is out of order"},
+		"header twice":    {func(f *forge) { f.head(t, 1); f.head(t, 1) }, "out of order"},
+		"tree twice":      {func(f *forge) { f.head(t, 4); f.any(t, TypeTree, 0, sampleTree()) }, "only once"},
+		"object early":    {func(f *forge) { f.head(t, 3); f.any(t, TypePipe, 3, pipe) }, "out of order"},
+		"object late":     {func(f *forge) { f.contents(t); f.any(t, TypePipe, 90, pipe) }, "objects stand before contents"},
+		"contents early":  {func(f *forge) { f.head(t, 4); f.any(t, TypePages, 1, 0) }, "no task record for process 1"},
+		"trailer early":   {func(f *forge) { f.head(t, 2); f.any(t, TypeTrailer, 0, Trailer{}) }, "out of order"},
+		"ref zero":        {func(f *forge) { f.head(t, 4); f.any(t, TypePipe, 0, pipe) }, "does not ascend"},
+		"ref reused":      {func(f *forge) { f.head(t, 4); f.any(t, TypePipe, 2, pipe) }, "does not ascend"},
+		"ref descends":    {func(f *forge) { f.head(t, 4); f.any(t, TypePipe, 9, pipe); f.any(t, TypePipe, 8, pipe) }, "does not ascend"},
+		"ref on a task":   {func(f *forge) { f.head(t, 4); f.any(t, TypeTask, 3, Task{}) }, "must not carry a reference"},
+		"unknown type":    {func(f *forge) { f.head(t, 4); f.any(t, 777, 3, pipe) }, "type-777 record at offset 680: this record type is not known"},
+		"incomplete pipe": {func(f *forge) { f.contents(t); f.any(t, TypeTrailer, 0, f.tally.trailer()) }, "pipe #4 holds 5 bytes, the image has 0"},
+		"wrong digest": {func(f *forge) {
+			f.head(t, 3)
+			f.any(t, TypeTree, 0, Tree{[]Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}})
+			tr := f.tally.trailer()
+			tr.Digest[0]++
+			f.any(t, TypeTrailer, 0, tr)
+		}, "digest is not what the trailer says"},
+		"no trailer": {func(f *forge) { f.contents(t) }, "without a trailer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newForge()
+			c.write(f)
+			refused(t, f.image(), c.want)
+		})
+	}
+}
+
+// contents writes the sample's head and its first bulk record.
+func (f *forge) contents(t testing.TB) {
+	t.Helper()
+	f.head(t, 4)
+	f.objects(t)
+	c := sampleContents()[0]
+	f.tally.pages += 2
+	check(t, f.bulk(TypePages, c.Ref, Pages{c.Runs}, c.Raw))
+}
+
+// TestBadObjects damages one record of the sample's head at a time.
+func TestBadObjects(t *testing.T) {
+	for _, c := range []struct {
+		want   string
+		damage func(r *sampleRecord) bool
+	}{
+		{"names no pipe", on(func(f *File) bool { f.Pipe = refStdin; return f.Kind == KindPipe })},
+		{"names no pipe", on(func(f *File) bool { f.Pipe = refMMInit; return f.Kind == KindPipe })},
+		{`kind "drum" is not known`, on(func(f *File) bool { f.Kind = "drum"; return true })},
+		{"without the part", on(func(f *File) bool { f.Eventfd = nil; return f.Kind == KindEventfd })},
+		{"part of another kind", on(func(f *File) bool { f.Epoll = &Epoll{}; return f.Kind == KindEventfd })},
+		{"names no open file", on(func(f *File) bool {
+			if f.Epoll == nil {
+				return false
+			}
+			f.Epoll = &Epoll{[]EpollEntry{{FD: 3, File: refPipe}}}
+			return true
+		})},
+		{"position is negative", on(func(f *File) bool { f.Pos = -1; return true })},
+		{`name "a\x00b" has a NUL`, on(func(f *File) bool { f.Path = "a\x00b"; return true })},
+		{"longer than 65536", on(func(f *File) bool { f.Path = strings.Repeat("x", 70000); return true })},
+		{"fd 3 is negative or stands twice", on(func(f *Files) bool { f.Descriptors[0].FD = 3; return true })},
+		{"fd -1 is negative", on(func(f *Files) bool { f.Descriptors[0].FD = -1; return true })},
+		{"fd 0: reference 4 names no open file", on(func(f *Files) bool { f.Descriptors[0].File = refPipe; return true })},
+		{"umask", on(func(f *FS) bool { f.Umask = 0o1000; return true })},
+		{"a pipe of 4 bytes holds 5", on(func(p *Pipe) bool { p.Capacity = 4; return true })},
+		{"action for signal 65", on(func(s *Sighand) bool { s.Actions[0].Signal = 65; return true })},
+		{"shared memory of", on(func(s *Shmem) bool { s.Size = 1 << 63; return true })},
+		{"its executable", on(func(m *MM) bool { m.Exe = refShmem; return true })},
+		{"not aligned", on(func(m *MM) bool { m.Areas[0].Start++; return true })},
+		{"it is empty", on(func(m *MM) bool { m.Areas[0].End = m.Areas[0].Start; return true })},
+		{"begins before the end", on(func(m *MM) bool { m.Areas[0].End = areaHeap + 0x1000; return true })},
+		{"not in user space", on(func(m *MM) bool { m.Areas[len(m.Areas)-1].End = 1 << 57; return true })},
+		{"offset", on(func(m *MM) bool { m.Areas[0].Offset = ^uint64(0xfff); return true })},
+		{"names no shared memory", on(func(m *MM) bool { m.Areas[0].Kind = AreaShmem; return true })},
+		{"with an object behind it", on(func(m *MM) bool { m.Areas[0].Kind, m.Areas[0].File = AreaAnon, refExe; return true })},
+		{`kind "gpu"`, on(func(m *MM) bool { m.Areas[0].Kind = "gpu"; return true })},
+		{"no such process", on(func(k *Task) bool { k.Pid = 99; return true })},
+		{"which has no task", on(func(k *Task) bool { k.Pid = 9; return true })},
+		{"already has a task", on(func(k *Task) bool { k.Pid = 1; return k.MM == refMMChild })},
+		{"threads are not those of the tree", on(func(k *Task) bool { k.Threads[0].Tid = 5; return true })},
+		{"names no address space", on(func(k *Task) bool { k.MM = refPipe; return true })},
+		{"names no descriptor table", on(func(k *Task) bool { k.Files = 1; return true })},
+		{"names no file system context", on(func(k *Task) bool { k.FS = 0; return true })},
+		{"names no signal actions", on(func(k *Task) bool { k.Sighand = 77; return true })},
+		{"siginfo_t of 3 bytes", on(func(k *Task) bool { k.Pending = [][]byte{{1, 2, 3}}; return true })},
+		{"posix timer 4", on(func(k *Task) bool { k.Timers = append(k.Timers, k.Timers[0]); return true })},
+		{"interval timer 3", on(func(k *Task) bool { k.ITimers[0].Which = 3; return true })},
+		{"general registers of 8 bytes", on(func(k *Task) bool { k.Threads[0].Regs = make([]byte, 8); return true })},
+		{"extended state of", on(func(k *Task) bool { k.Threads[0].XState = make([]byte, maxXState+1); return true })},
+		{"seccomp filters", on(func(k *Task) bool { k.Threads[0].Seccomp[0].Program = make([]byte, 9); return true })},
+		{"supplementary groups", on(func(k *Task) bool { k.Threads[0].Creds.Groups = make([]uint32, maxGroups+1); return true })},
+		{"comm", on(func(k *Task) bool { k.Threads[0].Comm = []byte("sixteen bytes ok"); return true })},
+	} {
+		t.Run(c.want, func(t *testing.T) {
+			f := newForge()
+			f.head(t, 4)
+			ref := Ref(3)
+			damaged := false
+			for _, r := range sampleObjects() {
+				if !damaged {
+					damaged = c.damage(&r)
+				}
+				if types[r.t].object {
+					f.any(t, r.t, ref, r.v)
+					ref++
+				} else {
+					f.any(t, r.t, 0, r.v)
+				}
+			}
+			f.any(t, TypeTrailer, 0, f.tally.trailer())
+			refused(t, f.image(), c.want)
+		})
+	}
+}
+
+// on makes a damage to the first record that holds a T and that change accepts.
+func on[T any](change func(v *T) bool) func(r *sampleRecord) bool {
+	return func(r *sampleRecord) bool {
+		if p, ok := r.v.(*T); ok {
+			return change(p)
+		}
+		v, ok := r.v.(T)
+		if !ok {
+			return false
+		}
+		if !change(&v) {
+			return false
+		}
+		r.v = v
+		return true
+	}
+}
+
+func TestBadTree(t *testing.T) {
+	for want, damage := range map[string]func(p []Process){
+		"a pid must be positive":           func(p []Process) { p[0].Pid = 0 },
+		"parent 8 does not stand before":   func(p []Process) { p[1].Ppid = 8 },
+		"parent 7 does not stand before":   func(p []Process) { p[1].Ppid = 7 },
+		"id 2 is used twice":               func(p []Process) { p[0].Threads[2] = 2 },
+		"id 3 is used twice":               func(p []Process) { p[3].Pid, p[3].Pids, p[3].Threads = 3, []int32{3}, []int32{3} },
+		"not among its pids":               func(p []Process) { p[0].Pids = []int32{4001} },
+		"pids in the namespaces are not":   func(p []Process) { p[0].Pids = []int32{-4, 1} },
+		"a zombie has no threads":          func(p []Process) { p[2].Threads = []int32{9} },
+		"threads must begin with":          func(p []Process) { p[0].Threads = []int32{2, 1} },
+		"a tid must be positive":           func(p []Process) { p[0].Threads[1] = -2 },
+		"group or session is negative":     func(p []Process) { p[0].Sid = -1 },
+		`comm "nul\x00" is not valid`:      func(p []Process) { p[0].Comm = []byte("nul\x00") },
+		"threads must begin with its lead": func(p []Process) { p[0].Threads = nil },
+	} {
+		t.Run(want, func(t *testing.T) {
+			tree := sampleTree()
+			damage(tree.Processes)
+			f := newForge()
+			f.head(t, 3)
+			f.any(t, TypeTree, 0, tree)
+			refused(t, f.image(), want)
+		})
+	}
+	f := newForge()
+	f.head(t, 3)
+	f.any(t, TypeTree, 0, Tree{})
+	refused(t, f.image(), "it has no process")
+}
+
+func TestBadBeginning(t *testing.T) {
+	f := newForge()
+	h := sampleHeader()
+	h.ByteOrder = "big"
+	f.any(t, TypeHeader, 0, h)
+	refused(t, f.image(), `byte order "big"`)
+
+	f = newForge()
+	f.head(t, 1)
+	a := sampleArch()
+	a.PageSize = 65536
+	f.any(t, TypeArch, 0, a)
+	refused(t, f.image(), "page size 65536")
+
+	for want, damage := range map[string]func(c *Container){
+		"no type of namespace":   func(c *Container) { c.Namespaces[0].Type = "dream" },
+		"does not ascend":        func(c *Container) { c.Namespaces[1].Ref = 1 },
+		"4 standard streams":     func(c *Container) { c.Stdio = make([]string, 4) },
+		"configuration is longe": func(c *Container) { c.Spec = make([]byte, maxSpec+1) },
+		"has a NUL":              func(c *Container) { c.Cgroups = map[string]string{"": "\x00"} },
+	} {
+		f := newForge()
+		f.head(t, 2)
+		c := sampleContainer()
+		damage(&c)
+		f.any(t, TypeContainer, 0, c)
+		refused(t, f.image(), want)
+	}
+}
+
+func TestBadContents(t *testing.T) {
+	for want, write := range map[string]func(f *forge) error{
+		"names no address space": func(f *forge) error { return f.bulk(TypePages, refPipe, Pages{[]Run{{0, 1, false}}}, page(1, 1)) },
+		"names no pipe or file":  func(f *forge) error { return f.bulk(TypeBytes, refMMInit, Bytes{}, page(1, 1)) },
+		"reference 99":           func(f *forge) error { return f.bulk(TypeBytes, 99, Bytes{}, page(1, 1)) },
+		"outside the areas": func(f *forge) error {
+			return f.bulk(TypePages, refMMChild, Pages{[]Run{{areaHeap + 0x3000, 2, true}}}, nil)
+		},
+		"outside shared memory": func(f *forge) error {
+			return f.bulk(TypePages, refShmem, Pages{[]Run{{0x1000, 2, true}}}, nil)
+		},
+		"is not aligned": func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap + 1, 1, true}}}, nil) },
+		"empty or out of order": func(f *forge) error {
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap, 2, true}, {areaHeap, 1, true}}}, nil)
+		},
+		"run of 1 pages at 0xfffffffffffff000": func(f *forge) error {
+			return f.bulk(TypePages, refShmem, Pages{[]Run{{^uint64(0xfff), 1, true}}}, nil)
+		},
+		"runs need 4096 raw bytes, it has 8192": func(f *forge) error {
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap, 1, false}}}, page(1, 2))
+		},
+		"0 runs":              func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{}, nil) },
+		"4097 runs":           func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{make([]Run, 4097)}, nil) },
+		"do not follow those": func(f *forge) error { return f.bulk(TypeBytes, refPipe, Bytes{1}, []byte("ello")) },
+		"outside object #4":   func(f *forge) error { return f.bulk(TypeBytes, refPipe, Bytes{}, []byte("hello, world")) },
+		"outside object #11":  func(f *forge) error { return f.bulk(TypeBytes, refLog, Bytes{^uint64(0)}, []byte("x")) },
+		"it has no bytes":     func(f *forge) error { return f.bulk(TypeBytes, refLog, Bytes{}, nil) },
+		"stand twice": func(f *forge) error {
+			return errors.Join(f.bulk(TypeBytes, refLog, Bytes{}, []byte("xy")), f.bulk(TypeBytes, refLog, Bytes{1}, []byte("z")))
+		},
+		"has no header":            func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 2}); return nil },
+		"its header of 4294967295": func(f *forge) error { f.raw(TypeBytes, refLog, []byte{255, 255, 255, 255}); return nil },
+		"its header of 9 bytes":    func(f *forge) error { f.raw(TypeBytes, refLog, []byte{9, 0, 0, 0, 1}); return nil },
+		"too few or too many":      func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 0, 0, 0, 0xa0, 7}); return nil },
+		"bad CBOR":                 func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 0, 0, 0, 0xff}); return nil },
+	} {
+		t.Run(want, func(t *testing.T) {
+			f := newForge()
+			f.contents(t)
+			check(t, write(f))
+			refused(t, f.image(), want)
+		})
+	}
+}
+
+// TestFillMustBeZero changes a byte between a bulk header and its raw bytes
+// and mends the checksum.
+func TestFillMustBeZero(t *testing.T) {
+	f := newForge()
+	f.contents(t)
+	start := f.offset
+	head := must(encode(Bytes{}))
+	gap := fill(start, len(head))
+	payload := append([]byte{byte(len(head)), 0, 0, 0}, head...)
+	payload = append(payload, make([]byte, gap)...)
+	payload[len(payload)-1] = 1
+	f.raw(TypeBytes, refLog, append(payload, "raw"...))
+	refused(t, f.image(), "bytes between its parts are not zero")
+}
+
+func TestBombs(t *testing.T) {
+	huge := func(ty Type, length uint64) func(f *forge) {
+		return func(f *forge) {
+			f.head(t, 4)
+			p := preHeader{ty, 3, length}.encode()
+			f.put(p[:])
+		}
+	}
+	for name, c := range map[string]struct {
+		write func(f *forge)
+		want  string
+	}{
+		"length of everything": {huge(TypeMM, ^uint64(0)), "is longer than"},
+		"length of a gigabyte": {huge(TypeMM, 1<<30), "is longer than"},
+		"length not there":     {huge(TypeMM, MaxRecord), "cut short"},
+		"pages not there":      {func(f *forge) { f.contents(t); p := preHeader{TypePages, refMMInit, 4 << 20}.encode(); f.put(p[:]) }, "cut short"},
+		"pages too long":       {func(f *forge) { f.contents(t); p := preHeader{TypePages, refMMInit, 5 << 20}.encode(); f.put(p[:]) }, "is longer than"},
+		"long header":          {func(f *forge) { p := preHeader{TypeHeader, 0, 1 << 20}.encode(); f.put(p[:]) }, "not an ocickpt image"},
+		"deep arrays":          {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, bytes.Repeat([]byte{0x81}, 1<<20)) }, "bad CBOR"},
+		"array of everything": {func(f *forge) {
+			f.head(t, 3)
+			f.raw(TypeTree, 0, []byte{0xa1, 1, 0x9b, 255, 255, 255, 255, 255, 255, 255, 255})
+		}, "bad CBOR"},
+		"long array":           {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, array(1<<20+1, 7)) }, "bad CBOR"},
+		"string of everything": {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0x5b, 255, 255, 255, 255, 255, 255, 255, 255}) }, "bad CBOR"},
+		"indefinite length":    {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0xbf, 0xff}) }, "bad CBOR"},
+		"duplicate key":        {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0xa2, 1, 0x80, 1, 0x80}) }, "bad CBOR"},
+		"duplicate unknown":    {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0xa2, 9, 0x80, 9, 0x80}) }, "bad CBOR"},
+		"tag":                  {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0xc1, 0xa0}) }, "bad CBOR"},
+		"two items":            {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, []byte{0xa0, 0xa0}) }, "bad CBOR"},
+		"text not UTF-8":       {func(f *forge) { f.head(t, 2); f.raw(TypeContainer, 0, []byte{0xa1, 1, 0x61, 0xff}) }, "bad CBOR"},
+		"empty payload":        {func(f *forge) { f.head(t, 3); f.raw(TypeTree, 0, nil) }, "bad CBOR"},
+		"structures of one byte": {func(f *forge) {
+			f.head(t, 4)
+			f.raw(TypeTask, 0, append([]byte{0xa1, 17}, array(1<<20, 0xa0)...))
+		}, "would take more than"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newForge()
+			c.write(f)
+			refused(t, f.image(), c.want)
+		})
+	}
+}
+
+// array encodes an array of n items of one byte.
+func array(n uint32, item byte) []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{0x9a}, n), bytes.Repeat([]byte{item}, int(n))...)
+}

@@ -1,0 +1,501 @@
+package image
+
+// The schema: every record that can stand in a stream, in one place, as
+// linux-cr kept it in one header. Payloads are CBOR maps with integer keys;
+// a key is never reused for another meaning, and a reader skips keys it does
+// not know. docs/image.md explains each field for readers in other languages.
+
+// Magic numbers of the first and the last record, so that a stream cut short
+// or joined wrongly is seen at both ends.
+const (
+	HeaderMagic  uint64 = 0x00feed0cc0a2d200
+	TrailerMagic uint64 = 0x002d2a0cc0deef00
+)
+
+// Revision is the format's revision. A reader accepts its own and older ones.
+const Revision = 1
+
+// Ref names an object of the stream: a descriptor table, an open file, an
+// address space. Zero names nothing. The writer hands references out in
+// ascending order, and an object's record stands before the first record that
+// refers to it.
+type Ref uint32
+
+// Type is a record's type. The bands are linux-cr's.
+type Type uint32
+
+// Record types in the order in which they may stand in a stream.
+const (
+	TypeHeader    Type = 1
+	TypeArch      Type = 2
+	TypeContainer Type = 3
+	TypeTree      Type = 101
+	TypeTask      Type = 102
+	TypeFile      Type = 301
+	TypeFiles     Type = 302
+	TypeFS        Type = 303
+	TypePipe      Type = 304
+	TypeMM        Type = 401
+	TypeShmem     Type = 402
+	TypePages     Type = 403
+	TypeBytes     Type = 404
+	TypeSighand   Type = 601
+	TypeTrailer   Type = 9001
+	TypeError     Type = 9999
+)
+
+// Header opens the stream.
+type Header struct {
+	Magic     uint64   `cbor:"1,keyasint"`
+	Revision  uint32   `cbor:"2,keyasint"`
+	ByteOrder string   `cbor:"3,keyasint"` // "little"
+	ID        [16]byte `cbor:"4,keyasint"` // random, unique to this image
+	Time      int64    `cbor:"5,keyasint"` // CLOCK_REALTIME of the checkpoint, nanoseconds
+	Uname     Uname    `cbor:"6,keyasint"`
+	Tool      string   `cbor:"7,keyasint"` // program and version that wrote it
+	Options   Options  `cbor:"8,keyasint"`
+}
+
+// Uname is uname(2) of the kernel the image was taken on.
+type Uname struct {
+	Sysname string `cbor:"1,keyasint"`
+	Release string `cbor:"2,keyasint"`
+	Version string `cbor:"3,keyasint"`
+	Machine string `cbor:"4,keyasint"`
+}
+
+// Options are the choices of this checkpoint that restore must know.
+type Options struct {
+	LeaveRunning bool `cbor:"1,keyasint,omitempty"`
+}
+
+// Arch describes the machine as far as the saved registers depend on it.
+type Arch struct {
+	Machine    string            `cbor:"1,keyasint"` // uname machine, "x86_64"
+	PageSize   uint32            `cbor:"2,keyasint"`
+	Features   []string          `cbor:"3,keyasint"`           // cpu flags as /proc/cpuinfo names them
+	XFeatures  uint64            `cbor:"4,keyasint,omitempty"` // XCR0: components in an xsave area
+	XSize      uint32            `cbor:"5,keyasint,omitempty"` // bytes of an xsave area
+	VDSO       map[string]uint64 `cbor:"6,keyasint,omitempty"` // vdso symbol -> offset
+	VDSOLength uint64            `cbor:"7,keyasint,omitempty"` // bytes of [vvar*] and [vdso] together
+}
+
+// Container is what the engine knows of the container: the first content.
+type Container struct {
+	ID          string            `cbor:"1,keyasint"`
+	Runtime     string            `cbor:"2,keyasint"` // state root it was found under
+	Bundle      string            `cbor:"3,keyasint"`
+	Spec        []byte            `cbor:"4,keyasint"` // the bundle's config.json, byte for byte
+	Config      []byte            `cbor:"5,keyasint"` // libcontainer's configuration, JSON
+	Namespaces  []Namespace       `cbor:"6,keyasint"`
+	UIDMap      []IDMap           `cbor:"7,keyasint,omitempty"`
+	GIDMap      []IDMap           `cbor:"8,keyasint,omitempty"`
+	Cgroups     map[string]string `cbor:"9,keyasint"` // controller ("" for v2) -> path below its mount
+	SubCgroups  []string          `cbor:"10,keyasint,omitempty"`
+	Paused      bool              `cbor:"11,keyasint,omitempty"` // frozen by its engine when we came
+	Mounts      []Mount           `cbor:"12,keyasint"`
+	Hostname    string            `cbor:"13,keyasint"`
+	Domainname  string            `cbor:"14,keyasint,omitempty"`
+	Links       []Link            `cbor:"15,keyasint,omitempty"`
+	LSM         string            `cbor:"16,keyasint,omitempty"` // /proc/PID/attr/current of init
+	Stdio       []string          `cbor:"17,keyasint"`           // link targets of fds 0, 1, 2 as init was given them
+	Monotonic   int64             `cbor:"18,keyasint"`           // CLOCK_MONOTONIC inside the container at the stop, nanoseconds
+	Boottime    int64             `cbor:"19,keyasint"`           // CLOCK_BOOTTIME likewise
+	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
+	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
+}
+
+// Namespace is one namespace of the container.
+type Namespace struct {
+	Ref   Ref    `cbor:"1,keyasint"`
+	Type  string `cbor:"2,keyasint"` // as under /proc/PID/ns: "mnt", "pid", ...
+	Inode uint64 `cbor:"3,keyasint"`
+	Path  string `cbor:"4,keyasint,omitempty"` // set where the configuration joins it by path
+	Owner uint64 `cbor:"5,keyasint,omitempty"` // inode of the owning user namespace
+	Host  bool   `cbor:"6,keyasint,omitempty"` // the same as the runtime's own
+}
+
+// IDMap is one line of a uid_map or gid_map.
+type IDMap struct {
+	Container uint32 `cbor:"1,keyasint"`
+	Host      uint32 `cbor:"2,keyasint"`
+	Size      uint32 `cbor:"3,keyasint"`
+}
+
+// Mount is one line of the init's mountinfo.
+type Mount struct {
+	ID       int    `cbor:"1,keyasint"`
+	Parent   int    `cbor:"2,keyasint"`
+	Root     string `cbor:"3,keyasint"`
+	Point    string `cbor:"4,keyasint"`
+	Options  string `cbor:"5,keyasint"`
+	Optional string `cbor:"6,keyasint,omitempty"`
+	FSType   string `cbor:"7,keyasint"`
+	Source   string `cbor:"8,keyasint"`
+	Super    string `cbor:"9,keyasint"`
+}
+
+// Link is one network device with what is set on it.
+type Link struct {
+	Name      string   `cbor:"1,keyasint"`
+	Type      string   `cbor:"2,keyasint"`
+	Up        bool     `cbor:"3,keyasint,omitempty"`
+	Addresses []string `cbor:"4,keyasint,omitempty"` // CIDR
+	Routes    []string `cbor:"5,keyasint,omitempty"`
+}
+
+// Tree is the task hierarchy, parents before their children.
+type Tree struct {
+	Processes []Process `cbor:"1,keyasint"`
+}
+
+// Process is one process's place in the hierarchy. Ids are those of the
+// container's pid namespace, the way the container sees them.
+type Process struct {
+	Pid     int32   `cbor:"1,keyasint"`
+	Ppid    int32   `cbor:"2,keyasint"`
+	Pgid    int32   `cbor:"3,keyasint"`
+	Sid     int32   `cbor:"4,keyasint"`
+	Pids    []int32 `cbor:"5,keyasint"`           // pid in each namespace, outermost (the host) first
+	Threads []int32 `cbor:"6,keyasint,omitempty"` // tids, leader first; none for a zombie
+	Zombie  bool    `cbor:"7,keyasint,omitempty"`
+	Status  uint32  `cbor:"8,keyasint,omitempty"` // wait status of a zombie
+	Comm    []byte  `cbor:"9,keyasint"`
+}
+
+// Task is one process with its threads. Zombies have none.
+type Task struct {
+	Pid         int32        `cbor:"1,keyasint"`
+	MM          Ref          `cbor:"2,keyasint"`
+	Files       Ref          `cbor:"3,keyasint"`
+	FS          Ref          `cbor:"4,keyasint"`
+	Sighand     Ref          `cbor:"5,keyasint"`
+	ExitSignal  int32        `cbor:"6,keyasint"`
+	Rlimits     []Rlimit     `cbor:"7,keyasint"` // indexed by RLIMIT_*
+	ITimers     []ITimer     `cbor:"8,keyasint,omitempty"`
+	Timers      []PosixTimer `cbor:"9,keyasint,omitempty"`
+	Pending     [][]byte     `cbor:"10,keyasint,omitempty"` // shared queue: siginfo_t of 128 bytes each, in order
+	Subreaper   bool         `cbor:"11,keyasint,omitempty"`
+	Dumpable    uint32       `cbor:"12,keyasint"`
+	OOMScoreAdj int32        `cbor:"13,keyasint,omitempty"`
+	Personality uint32       `cbor:"14,keyasint,omitempty"`
+	THPDisable  bool         `cbor:"15,keyasint,omitempty"`
+	Stopped     int32        `cbor:"16,keyasint,omitempty"` // the job-control signal that stopped it
+	Threads     []Thread     `cbor:"17,keyasint"`           // leader first
+}
+
+// Rlimit is one resource limit, RLIM_INFINITY being all ones.
+type Rlimit struct {
+	Cur uint64 `cbor:"1,keyasint"`
+	Max uint64 `cbor:"2,keyasint"`
+}
+
+// ITimer is one interval timer (getitimer(2)), microseconds.
+type ITimer struct {
+	Which    int32 `cbor:"1,keyasint"`
+	Interval int64 `cbor:"2,keyasint"`
+	Value    int64 `cbor:"3,keyasint"`
+}
+
+// PosixTimer is one timer of timer_create(2), times in nanoseconds.
+type PosixTimer struct {
+	ID       int32  `cbor:"1,keyasint"`
+	Clock    int32  `cbor:"2,keyasint"`
+	Notify   int32  `cbor:"3,keyasint"`
+	Signal   int32  `cbor:"4,keyasint"`
+	Value    uint64 `cbor:"5,keyasint"` // sigev_value
+	Tid      int32  `cbor:"6,keyasint,omitempty"`
+	Interval int64  `cbor:"7,keyasint"`
+	Left     int64  `cbor:"8,keyasint"` // zero: disarmed
+}
+
+// Thread is one thread of a task.
+type Thread struct {
+	Tid         int32       `cbor:"1,keyasint"`
+	Comm        []byte      `cbor:"2,keyasint"`
+	Regs        []byte      `cbor:"3,keyasint"` // NT_PRSTATUS general registers, the architecture's layout
+	XState      []byte      `cbor:"4,keyasint"` // NT_X86_XSTATE
+	SigMask     uint64      `cbor:"5,keyasint"`
+	RobustHead  uint64      `cbor:"6,keyasint,omitempty"`
+	RobustLen   uint64      `cbor:"7,keyasint,omitempty"`
+	TidAddress  uint64      `cbor:"8,keyasint,omitempty"`
+	Rseq        *Rseq       `cbor:"9,keyasint,omitempty"`
+	AltStack    AltStack    `cbor:"10,keyasint"`
+	Creds       Credentials `cbor:"11,keyasint"`
+	SeccompMode uint32      `cbor:"12,keyasint,omitempty"`
+	Seccomp     []Filter    `cbor:"13,keyasint,omitempty"` // oldest first
+	PDeathSig   int32       `cbor:"14,keyasint,omitempty"`
+	TimerSlack  uint64      `cbor:"15,keyasint,omitempty"` // nanoseconds
+	Sched       Sched       `cbor:"16,keyasint"`
+	Affinity    []byte      `cbor:"17,keyasint,omitempty"` // sched_getaffinity mask
+	IOPrio      int32       `cbor:"18,keyasint,omitempty"`
+	Pending     [][]byte    `cbor:"19,keyasint,omitempty"` // thread-directed queue
+	Restart     *Restart    `cbor:"20,keyasint,omitempty"`
+}
+
+// Rseq is a registered restartable-sequence area.
+type Rseq struct {
+	Addr uint64 `cbor:"1,keyasint"`
+	Size uint32 `cbor:"2,keyasint"`
+	Sig  uint32 `cbor:"3,keyasint"`
+}
+
+// AltStack is stack_t of sigaltstack(2).
+type AltStack struct {
+	SP    uint64 `cbor:"1,keyasint,omitempty"`
+	Flags int32  `cbor:"2,keyasint,omitempty"`
+	Size  uint64 `cbor:"3,keyasint,omitempty"`
+}
+
+// Credentials of one thread; ids as the container's user namespace numbers them.
+type Credentials struct {
+	UID         [4]uint32 `cbor:"1,keyasint"` // real, effective, saved, filesystem
+	GID         [4]uint32 `cbor:"2,keyasint"`
+	Groups      []uint32  `cbor:"3,keyasint,omitempty"`
+	Inheritable uint64    `cbor:"4,keyasint,omitempty"`
+	Permitted   uint64    `cbor:"5,keyasint,omitempty"`
+	Effective   uint64    `cbor:"6,keyasint,omitempty"`
+	Bounding    uint64    `cbor:"7,keyasint,omitempty"`
+	Ambient     uint64    `cbor:"8,keyasint,omitempty"`
+	Securebits  uint32    `cbor:"9,keyasint,omitempty"`
+	NoNewPrivs  bool      `cbor:"10,keyasint,omitempty"`
+}
+
+// Filter is one seccomp filter: its classic BPF program and flags.
+type Filter struct {
+	Program []byte `cbor:"1,keyasint"` // struct sock_filter, 8 bytes each
+	Flags   uint64 `cbor:"2,keyasint,omitempty"`
+}
+
+// Sched is struct sched_attr of sched_getattr(2).
+type Sched struct {
+	Policy   uint32 `cbor:"1,keyasint"`
+	Flags    uint64 `cbor:"2,keyasint,omitempty"`
+	Nice     int32  `cbor:"3,keyasint,omitempty"`
+	Priority uint32 `cbor:"4,keyasint,omitempty"`
+	Runtime  uint64 `cbor:"5,keyasint,omitempty"`
+	Deadline uint64 `cbor:"6,keyasint,omitempty"`
+	Period   uint64 `cbor:"7,keyasint,omitempty"`
+}
+
+// Restart is the restart block of a call that was interrupted with
+// ERESTART_RESTARTBLOCK: the kernel keeps it outside the registers.
+type Restart struct {
+	Nr   uint64 `cbor:"1,keyasint"` // the call it restarts
+	Left int64  `cbor:"2,keyasint"` // nanoseconds that remained, negative: for ever
+}
+
+// Sighand is a table of signal actions, shared by the threads of a process.
+type Sighand struct {
+	Actions []SigAction `cbor:"1,keyasint"` // only those that are not the default
+}
+
+// SigAction is the kernel's struct sigaction for one signal.
+type SigAction struct {
+	Signal   int32  `cbor:"1,keyasint"`
+	Handler  uint64 `cbor:"2,keyasint"`
+	Flags    uint64 `cbor:"3,keyasint"`
+	Restorer uint64 `cbor:"4,keyasint"`
+	Mask     uint64 `cbor:"5,keyasint"`
+}
+
+// FS is a task's place in the file system.
+type FS struct {
+	Cwd   string `cbor:"1,keyasint"`
+	Root  string `cbor:"2,keyasint"`
+	Umask uint32 `cbor:"3,keyasint"`
+}
+
+// Files is one descriptor table.
+type Files struct {
+	Descriptors []Descriptor `cbor:"1,keyasint"`
+}
+
+// Descriptor is one number in a table.
+type Descriptor struct {
+	FD      int32 `cbor:"1,keyasint"`
+	File    Ref   `cbor:"2,keyasint"`
+	CloExec bool  `cbor:"3,keyasint,omitempty"`
+}
+
+// The kinds of open file.
+const (
+	KindRegular   = "regular"
+	KindDirectory = "directory"
+	KindDevice    = "device"
+	KindPipe      = "pipe"
+	KindFifo      = "fifo"
+	KindEpoll     = "epoll"
+	KindEventfd   = "eventfd"
+	KindTimerfd   = "timerfd"
+	KindSignalfd  = "signalfd"
+	KindSocket    = "socket"
+	KindProc      = "proc"
+	KindStdio     = "stdio"
+	KindShmem     = "shmem"
+	KindPath      = "path"
+)
+
+// File is one open file description; exactly the part its Kind needs is set.
+type File struct {
+	Kind     string    `cbor:"1,keyasint"`
+	Flags    uint32    `cbor:"2,keyasint"` // open(2) flags, without O_CLOEXEC
+	Pos      int64     `cbor:"3,keyasint,omitempty"`
+	Path     string    `cbor:"4,keyasint,omitempty"` // inside the container's root
+	Size     int64     `cbor:"5,keyasint,omitempty"` // of a regular file, at the checkpoint
+	Mtime    int64     `cbor:"6,keyasint,omitempty"` // nanoseconds
+	Mode     uint32    `cbor:"7,keyasint,omitempty"` // st_mode
+	Rdev     uint64    `cbor:"8,keyasint,omitempty"` // of a device node
+	Pipe     Ref       `cbor:"9,keyasint,omitempty"` // pipe and fifo: the buffer; shmem: the memory
+	Stdio    int32     `cbor:"10,keyasint,omitempty"`
+	Epoll    *Epoll    `cbor:"11,keyasint,omitempty"`
+	Eventfd  *Eventfd  `cbor:"12,keyasint,omitempty"`
+	Timerfd  *Timerfd  `cbor:"13,keyasint,omitempty"`
+	Signalfd *Signalfd `cbor:"14,keyasint,omitempty"`
+	Socket   *Socket   `cbor:"15,keyasint,omitempty"`
+	Pid      int32     `cbor:"16,keyasint,omitempty"` // proc: the process the path is below
+	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it was opened on, Container.Mounts
+	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
+}
+
+// Pipe is the buffer behind the ends of a pipe or fifo. Its bytes follow as
+// TypeBytes records of the same reference in the contents section.
+type Pipe struct {
+	Capacity uint32 `cbor:"1,keyasint"`
+	Length   uint32 `cbor:"2,keyasint"`           // bytes in it
+	Path     string `cbor:"3,keyasint,omitempty"` // of a fifo
+	Packet   bool   `cbor:"4,keyasint,omitempty"`
+}
+
+// Epoll is an interest list.
+type Epoll struct {
+	Entries []EpollEntry `cbor:"1,keyasint"`
+}
+
+// EpollEntry is one registration: the number it was made under and the file
+// behind it, which need not be open under that number any more.
+type EpollEntry struct {
+	FD     int32  `cbor:"1,keyasint"`
+	File   Ref    `cbor:"2,keyasint"`
+	Events uint32 `cbor:"3,keyasint"`
+	Data   uint64 `cbor:"4,keyasint"`
+}
+
+// Eventfd is the state of an eventfd(2).
+type Eventfd struct {
+	Count     uint64 `cbor:"1,keyasint"`
+	Semaphore bool   `cbor:"2,keyasint,omitempty"`
+}
+
+// Timerfd is the state of a timerfd(2), times in nanoseconds.
+type Timerfd struct {
+	Clock    int32  `cbor:"1,keyasint"`
+	Ticks    uint64 `cbor:"2,keyasint,omitempty"` // expirations not yet read
+	Flags    uint32 `cbor:"3,keyasint,omitempty"` // TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET
+	Left     int64  `cbor:"4,keyasint,omitempty"`
+	Interval int64  `cbor:"5,keyasint,omitempty"`
+}
+
+// Signalfd is the state of a signalfd(2).
+type Signalfd struct {
+	Mask uint64 `cbor:"1,keyasint"`
+}
+
+// Socket is a socket; for now a listening or an unconnected, unused one.
+type Socket struct {
+	Family    int32       `cbor:"1,keyasint"`
+	Type      int32       `cbor:"2,keyasint"`
+	Protocol  int32       `cbor:"3,keyasint,omitempty"`
+	Address   []byte      `cbor:"4,keyasint,omitempty"` // struct sockaddr of getsockname(2)
+	Listening bool        `cbor:"5,keyasint,omitempty"`
+	Backlog   int32       `cbor:"6,keyasint,omitempty"`
+	Options   []SocketOpt `cbor:"7,keyasint,omitempty"`
+	Path      string      `cbor:"8,keyasint,omitempty"` // unix: the socket's file
+	Mode      uint32      `cbor:"9,keyasint,omitempty"` // unix: that file's mode
+	UID       uint32      `cbor:"10,keyasint,omitempty"`
+	GID       uint32      `cbor:"11,keyasint,omitempty"`
+}
+
+// SocketOpt is one setsockopt(2).
+type SocketOpt struct {
+	Level int32  `cbor:"1,keyasint"`
+	Name  int32  `cbor:"2,keyasint"`
+	Value []byte `cbor:"3,keyasint"`
+}
+
+// MM is one address space. Its pages follow as TypePages records of the same
+// reference in the contents section.
+type MM struct {
+	Areas  []Area     `cbor:"1,keyasint"`
+	Layout [11]uint64 `cbor:"2,keyasint"` // struct prctl_mm_map, start_code to env_end
+	Auxv   []byte     `cbor:"3,keyasint"`
+	Exe    Ref        `cbor:"4,keyasint"`
+}
+
+// The kinds of area.
+const (
+	AreaAnon  = "anon"  // private anonymous memory
+	AreaFile  = "file"  // a file, private or shared
+	AreaShmem = "shmem" // shared anonymous memory
+	AreaVDSO  = "vdso"  // [vdso] and the [vvar]s before it
+)
+
+// Area is one mapping.
+type Area struct {
+	Start  uint64   `cbor:"1,keyasint"`
+	End    uint64   `cbor:"2,keyasint"`
+	Kind   string   `cbor:"3,keyasint"`
+	Prot   uint32   `cbor:"4,keyasint"`           // PROT_*
+	Shared bool     `cbor:"5,keyasint,omitempty"` // MAP_SHARED
+	File   Ref      `cbor:"6,keyasint,omitempty"` // AreaFile: TypeFile; AreaShmem: TypeShmem
+	Offset uint64   `cbor:"7,keyasint,omitempty"`
+	Name   string   `cbor:"8,keyasint,omitempty"` // as in /proc/PID/maps
+	Flags  []string `cbor:"9,keyasint,omitempty"` // VmFlags of /proc/PID/smaps that must be made again
+}
+
+// Shmem is shared anonymous memory. Its pages follow as TypePages records of
+// the same reference, addresses being offsets.
+type Shmem struct {
+	Size  uint64 `cbor:"1,keyasint"`
+	Name  string `cbor:"2,keyasint,omitempty"` // of a memfd
+	Memfd bool   `cbor:"3,keyasint,omitempty"`
+	Seals uint32 `cbor:"4,keyasint,omitempty"`
+	Mode  uint32 `cbor:"5,keyasint,omitempty"`
+}
+
+// Pages heads a TypePages record: the runs whose pages follow raw, in order.
+type Pages struct {
+	Runs []Run `cbor:"1,keyasint"`
+}
+
+// Run is a stretch of pages. Zero runs have no bytes in the stream: they read
+// as zero but must be present, because a file lies under them.
+type Run struct {
+	Addr  uint64 `cbor:"1,keyasint"`
+	Count uint32 `cbor:"2,keyasint"` // pages
+	Zero  bool   `cbor:"3,keyasint,omitempty"`
+}
+
+// Bytes heads a TypeBytes record: where in the object its raw bytes begin.
+type Bytes struct {
+	Offset uint64 `cbor:"1,keyasint"`
+}
+
+// Trailer closes a good stream.
+type Trailer struct {
+	Magic   uint64          `cbor:"1,keyasint"`
+	Records uint64          `cbor:"2,keyasint"` // before this one
+	Bytes   uint64          `cbor:"3,keyasint"` // before this one
+	Counts  map[Type]uint64 `cbor:"4,keyasint"` // records by type
+	Pages   uint64          `cbor:"5,keyasint"` // pages stored raw
+	Digest  []byte          `cbor:"6,keyasint"` // SHA-256 over every earlier record's pre-header and CRC
+}
+
+// Error is the last record of a stream whose checkpoint failed.
+type Error struct {
+	Phase  string `cbor:"1,keyasint"`
+	Task   string `cbor:"2,keyasint,omitempty"`
+	Object string `cbor:"3,keyasint,omitempty"`
+	Cause  string `cbor:"4,keyasint"`
+	Remedy string `cbor:"5,keyasint,omitempty"`
+}

@@ -1,0 +1,239 @@
+package integration
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// outside is what a test sees of a container's tasks from the host, for
+// comparing before and after a checkpoint that failed: everything in it would
+// show something left behind.
+func (c *container) outside() string {
+	c.t.Helper()
+	var b strings.Builder
+	dir := fmt.Sprintf("/proc/%d", c.state().Pid)
+	maps, err := os.ReadFile(filepath.Join(dir, "maps"))
+	c.must(err)
+	fmt.Fprintf(&b, "%s\n", maps)
+	descriptors, err := os.ReadDir(filepath.Join(dir, "fd"))
+	c.must(err)
+	for _, d := range descriptors {
+		target, _ := os.Readlink(filepath.Join(dir, "fd", d.Name()))
+		if !strings.HasPrefix(target, "/proc/") { // what the program itself is looking at
+			fmt.Fprintf(&b, "fd %s %s\n", d.Name(), target)
+		}
+	}
+	tasks, err := os.ReadDir(filepath.Join(dir, "task"))
+	c.must(err)
+	for _, task := range tasks {
+		children, err := os.ReadFile(filepath.Join(dir, "task", task.Name(), "children"))
+		c.must(err)
+		fmt.Fprintf(&b, "task %s children %s\n", task.Name(), children)
+	}
+	return b.String()
+}
+
+// undisturbed starts the program that looks for traces in itself.
+func undisturbed(t *testing.T) *container {
+	t.Helper()
+	c := newContainer(t, withReport("undisturbed"), withArgs("/bin/undisturbed")).run()
+	c.progress(10)
+	return c
+}
+
+// mustBeUndisturbed asserts that the container runs as if nothing had happened.
+// The guardian may still be putting it back when its coordinator is dead.
+func (c *container) mustBeUndisturbed(before string) {
+	c.t.Helper()
+	if !waitFor(func() bool { return c.state().Status == specs.StateRunning }) {
+		c.t.Fatalf("the container is %s", c.state().Status)
+	}
+	c.progress(5)
+	var now string
+	// A temporary descriptor of the program's own may be seen by chance.
+	if !waitFor(func() bool { now = c.outside(); return now == before }) {
+		c.t.Fatalf("from outside the program was\n%s\nand is\n%s", before, now)
+	}
+}
+
+// faultPoints walks one good checkpoint or restore and returns the name of each
+// fault point it passes, in order, with repetitions.
+func faultPoints(c *container, args ...string) (points []string) {
+	c.t.Helper()
+	c.t.Setenv(envFault, "list")
+	r := c.ocickpt(args...)
+	c.t.Setenv(envFault, "")
+	if r.code != 0 {
+		c.t.Fatalf("%v: exit status %d\n%s", args, r.code, r.stderr)
+	}
+	for line := range strings.Lines(r.stderr) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "fault point "); ok {
+			points = append(points, name)
+		}
+	}
+	if len(points) == 0 {
+		c.t.Fatal("no fault point was passed")
+	}
+	return points
+}
+
+// envFault arms a fault point of ocickpt; see package fault.
+const envFault = "OCICKPT_FAULT"
+
+var faultActions = []string{"fail", "term", "kill"}
+
+// TestCheckpointFaults makes a checkpoint fail in three ways at the first and at
+// a later passing of every fault point.
+func TestCheckpointFaults(t *testing.T) {
+	c := undisturbed(t)
+	before := c.outside()
+	image := filepath.Join(c.dir, "faulty")
+	args := []string{"checkpoint", "--leave-running", "--image-path", image, c.id}
+	points := faultPoints(c, args...)
+	c.mustBeUndisturbed(before)
+	for _, point := range distinct(points) {
+		for _, action := range faultActions {
+			for _, nth := range passings(points, point) {
+				name := fmt.Sprintf("%s#%d:%s", point, nth, action)
+				t.Run(name, func(t *testing.T) {
+					t.Setenv(envFault, name)
+					r := c.ocickpt(args...)
+					t.Logf("exit status %d, %s", r.code, r.stderr)
+					t.Setenv(envFault, "")
+					c.mustBeUndisturbed(before)
+				})
+				if t.Failed() {
+					return // what follows would be judged by a disturbed program
+				}
+			}
+		}
+	}
+}
+
+// passings chooses the first, a middle and the last passing of a point.
+func passings(points []string, point string) []int {
+	n := 0
+	for _, p := range points {
+		if p == point {
+			n++
+		}
+	}
+	return slices.Compact([]int{1, (n + 1) / 2, n})
+}
+
+func distinct(points []string) []string {
+	points = slices.Clone(points)
+	slices.Sort(points)
+	return slices.Compact(points)
+}
+
+// TestKilledCheckpoint kills ocickpt at random moments.
+func TestKilledCheckpoint(t *testing.T) {
+	c := undisturbed(t)
+	before := c.outside()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for i := range 60 {
+		sig := []unix.Signal{unix.SIGKILL, unix.SIGKILL, unix.SIGTERM}[i%3]
+		cmd := exec.Command(c.binary(), "--root", c.root, "checkpoint", "--leave-running",
+			"--image-path", filepath.Join(c.dir, "killed"), c.id)
+		cmd.Env = append(os.Environ(), "TMPDIR="+c.tmp)
+		c.must(cmd.Start())
+		time.Sleep(time.Duration(random.IntN(60000)) * time.Microsecond)
+		cmd.Process.Signal(sig)
+		cmd.Wait()
+		c.mustBeUndisturbed(before)
+	}
+}
+
+// TestRestoreFaults makes a restore fail at every fault point. No process, mount
+// or cgroup may survive, and the next restore of the id must work.
+func TestRestoreFaults(t *testing.T) {
+	c := treeContainer(t)
+	c.checkpoint()
+	c.mustBeGone()
+	args := []string{"restore", "--detach", "--bundle", c.bundle, "--image-path", c.image(), c.id}
+	points := faultPoints(c, args...)
+	c.adopt()
+	c.progress(10)
+	for _, point := range distinct(points) {
+		for _, action := range faultActions {
+			name := point + ":" + action
+			c.checkpointIfRunning()
+			t.Run(name, func(t *testing.T) {
+				r := c.faultyRestore(t, name)
+				t.Logf("exit status %d, %s", r.code, r.stderr)
+				if r.code == 0 { // a fault after the release changes nothing any more
+					c.adopt()
+				} else if !waitFor(func() bool { return len(leakedCgroups(c)) == 0 }) {
+					t.Errorf("cgroups are left: %v", leakedCgroups(c))
+				}
+			})
+			if c.tryRunc("state", c.id).code != 0 {
+				c.restore()
+			}
+			c.progress(5)
+		}
+	}
+}
+
+func (c *container) faultyRestore(t *testing.T, fault string) result {
+	t.Setenv(envFault, fault)
+	return c.tryRestore()
+}
+
+func (c *container) checkpointIfRunning() {
+	c.t.Helper()
+	if c.tryRunc("state", c.id).code == 0 {
+		c.checkpoint()
+		c.mustBeGone()
+	}
+}
+
+// TestKilledRestore kills ocickpt at random moments of a restore. What a killed
+// libcontainer leaves may last until the next restore of the id, which must
+// clear it and work.
+func TestKilledRestore(t *testing.T) {
+	c := treeContainer(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for range 20 {
+		c.checkpoint()
+		c.mustBeGone()
+		cmd := c.foreground("restore", "--detach", "--bundle", c.bundle, "--image-path", c.image(), c.id)
+		time.Sleep(time.Duration(random.IntN(80000)) * time.Microsecond)
+		cmd.Process.Kill()
+		cmd.Wait()
+		if c.aliveAfterKill() {
+			c.adopt()
+		} else {
+			c.restore()
+		}
+		c.progress(10)
+	}
+}
+
+// aliveAfterKill tells whether the restore was complete before it was killed:
+// then the container runs and goes on, else it is or becomes no more.
+func (c *container) aliveAfterKill() bool {
+	rounds := c.rounds()
+	alive := false
+	waitFor(func() bool {
+		alive = c.rounds() > rounds+2
+		r := c.tryRunc("state", c.id)
+		return alive || r.code != 0 || strings.Contains(r.stdout, string(specs.StateStopped))
+	})
+	return alive
+}

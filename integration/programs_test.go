@@ -1,0 +1,93 @@
+package integration
+
+import (
+	"os"
+	"testing"
+	"time"
+)
+
+// program is a test program and what it needs around it.
+type program struct {
+	name    string
+	options []option
+	// loopback: the program uses the network namespace's lo.
+	loopback bool
+	// connect names a file below /out; making it asks the program to connect
+	// to its own listeners and to remove the file when that went well.
+	connect string
+	// neverPaused: a pause by cgroup v1's freezer alone ends epoll_wait and
+	// rt_sigtimedwait with EINTR, which this program does not put up with.
+	// (A checkpoint restarts those calls, so it must.)
+	neverPaused bool
+}
+
+var programs = []program{
+	{name: "tree", options: []option{withArgs("/bin/tree.sh")}},
+	{name: "threads", options: []option{withArgs("/bin/threads")}},
+	{name: "memory", options: []option{withArgs("/bin/memory")}},
+	{name: "sleepers", neverPaused: true, options: []option{
+		withArgs(append([]string{"/bin/sleepers"}, sleeps...)...), withVaryingThreads(),
+	}},
+	{name: "signals", options: []option{withArgs("/bin/signals")}},
+	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "creds", options: []option{
+		withArgs("/bin/creds"), withNewPrivileges(),
+		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),
+	}},
+	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed")}, neverPaused: true},
+	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
+	{name: "python", options: []option{
+		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),
+	}},
+}
+
+// sleeps are the kinds of sleep of the sleepers program, without semtimedop:
+// System V semaphores are not among what a checkpoint holds yet.
+var sleeps = []string{
+	"nanosleep", "clock-relative", "clock-absolute", "clock-boottime", "poll", "poll-forever",
+	"ppoll", "select", "epoll", "futex", "futex-timed", "futex-absolute", "sigtimedwait",
+	"read", "wait4", "pause", "sigsuspend",
+}
+
+// start runs the program in a new container and lets it do some rounds.
+func (p program) start(t *testing.T) *container {
+	t.Helper()
+	c := newContainer(t, append([]option{withReport(p.name)}, p.options...)...).run()
+	if p.loopback {
+		c.raiseLoopback()
+	}
+	c.progress(30)
+	p.checkConnect(c)
+	return c
+}
+
+// checkConnect has the program connect to its own listeners.
+func (p program) checkConnect(c *container) {
+	c.t.Helper()
+	if p.connect == "" {
+		return
+	}
+	c.must(os.WriteFile(c.out(p.connect), nil, 0o600))
+	if !waitFor(func() bool { _, err := os.Stat(c.out(p.connect)); return os.IsNotExist(err) }) {
+		c.t.Fatalf("%s could not connect to its listeners (round %d)", p.name, c.rounds())
+	}
+}
+
+// TestProgramsAlone runs every program without a checkpoint, through a pause,
+// so that a failure elsewhere is not the program's own.
+func TestProgramsAlone(t *testing.T) {
+	for _, p := range programs {
+		t.Run(p.name, func(t *testing.T) {
+			c := p.start(t)
+			before := c.stableTree()
+			if !p.neverPaused {
+				c.runc("pause", c.id)
+				c.mustBe("paused")
+				time.Sleep(400 * time.Millisecond)
+				c.runc("resume", c.id)
+			}
+			c.progress(30)
+			c.sameTree(before)
+		})
+	}
+}

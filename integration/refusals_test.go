@@ -1,0 +1,217 @@
+package integration
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// mustRefuse asserts how ocickpt says no: exit status 1 and one line on
+// standard error, which holds every one of the words.
+func (r result) mustRefuse(t testing.TB, words ...string) {
+	t.Helper()
+	if r.code != 1 {
+		t.Errorf("exit status %d, not 1\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	message := strings.TrimSuffix(r.stderr, "\n")
+	if message == "" || strings.Contains(message, "\n") {
+		t.Errorf("the error is not one line: %q", r.stderr)
+	}
+	for _, word := range words {
+		if !strings.Contains(message, word) {
+			t.Errorf("the error does not mention %q: %s", word, message)
+		}
+	}
+}
+
+func TestRefusedCheckpoint(t *testing.T) {
+	c := treeContainer(t)
+	untouched := func(t *testing.T) {
+		t.Helper()
+		c.mustBe(specs.StateRunning)
+		c.progress(5)
+	}
+	t.Run("unknown id", func(t *testing.T) {
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), "nobody").mustRefuse(t, "nobody")
+		absent(t, c.image())
+		untouched(t)
+	})
+	t.Run("unwritable path", func(t *testing.T) {
+		c.ocickpt("checkpoint", "--image-path", "/proc/image", c.id).mustRefuse(t, "/proc/image")
+		untouched(t)
+	})
+	t.Run("full disk", func(t *testing.T) {
+		c.ocickpt("checkpoint", "--image", "/dev/full", c.id).mustRefuse(t)
+		untouched(t)
+	})
+	t.Run("closed pipe", func(t *testing.T) {
+		reader, writer, err := os.Pipe()
+		c.must(err)
+		reader.Close()
+		defer writer.Close()
+		c.command(outputs{stdout: writer}, c.binary(), "--root", c.root,
+			"checkpoint", "--image", "-", c.id).mustRefuse(t)
+		untouched(t)
+	})
+	t.Run("exec process", func(t *testing.T) {
+		pidFile := filepath.Join(c.dir, "exec.pid")
+		c.runc("exec", "-d", "--pid-file", pidFile, c.id, "sleep", "1000")
+		pid, err := os.ReadFile(pidFile)
+		c.must(err)
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, string(pid))
+		absent(t, filepath.Join(c.image(), "checkpoint.img"))
+		untouched(t)
+		c.exec("pkill", "-f", "^sleep 1000$")
+	})
+	t.Run("stopped container", func(t *testing.T) {
+		c.runc("kill", c.id, "KILL")
+		<-c.gone
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "stopped")
+		c.mustBe(specs.StateStopped)
+	})
+}
+
+func absent(t *testing.T, path string) {
+	t.Helper()
+	if _, err := os.Lstat(path); err == nil {
+		t.Errorf("%s was left behind", path)
+	}
+}
+
+// TestUnsupported holds objects that no checkpoint saves yet; each must be
+// refused by name, with the container going on.
+func TestUnsupported(t *testing.T) {
+	// busybox's nc keeps an established connection to itself.
+	const script = `sleep 1; nc -l -p 7000 -e sleep 1000 & sleep 2
+		sleep 1000 | nc 127.0.0.1 7000 & exec /bin/tree.sh`
+	t.Run("tcp connection", func(t *testing.T) {
+		c := newContainer(t, withReport("tree"), withArgs("sh", "-c", script)).run().raiseLoopback()
+		c.progress(20)
+		if !waitFor(func() bool { return established(c.state().Pid) > 0 }) {
+			t.Fatal("no connection was made")
+		}
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "7000")
+		c.mustBe(specs.StateRunning)
+		c.progress(10)
+	})
+}
+
+// TestRefusedRestore offers restore what it must not take. Nothing may be left
+// of the attempts, which leakCheck sees to, and the true image must still work
+// afterwards.
+func TestRefusedRestore(t *testing.T) {
+	c := treeContainer(t)
+	c.checkpoint()
+	c.mustBeGone()
+	good := filepath.Join(c.image(), "checkpoint.img")
+	data, err := os.ReadFile(good)
+	c.must(err)
+
+	damaged := map[string][]byte{
+		"empty":              {},
+		"foreign":            []byte(strings.Repeat("#!/bin/sh\necho not an image\n", 999)),
+		"truncated head":     data[:1000],
+		"truncated contents": data[:len(data)-5000],
+		"no trailer":         data[:len(data)-8],
+		"corrupted head":     flipped(data, 200),
+		"corrupted contents": flipped(data, len(data)/2),
+		"appended":           append(bytes.Clone(data), 0),
+		"other architecture": reforge(t, data, image.TypeArch, "x86_64", "mips64"),
+	}
+	for name, bad := range damaged {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(c.dir, "damaged.img")
+			c.must(os.WriteFile(path, bad, 0o600))
+			c.tryRestoreFile(path, c.bundle).mustRefuse(t)
+			if name != "other architecture" { // a valid image, for another machine
+				c.ocickpt("verify", path).mustRefuse(t)
+			}
+		})
+	}
+	t.Run("missing image", func(t *testing.T) {
+		c.tryRestoreFile("/nowhere.img", c.bundle).mustRefuse(t, "/nowhere.img")
+	})
+	t.Run("missing bundle", func(t *testing.T) {
+		c.tryRestoreFile(good, "/nowhere").mustRefuse(t, "/nowhere")
+	})
+	t.Run("existing id", func(t *testing.T) {
+		c.restore()
+		c.progress(10)
+		c.tryRestoreFile(good, c.bundle).mustRefuse(t, c.id)
+		c.mustBe(specs.StateRunning)
+		c.progress(10)
+	})
+}
+
+// tryRestoreFile restores from a single file; unlike tryRestore it captures
+// standard error, for a container that must not come to be.
+func (c *container) tryRestoreFile(path, bundle string) result {
+	c.t.Helper()
+	return c.ocickpt("restore", "--detach", "--image", path, "--bundle", bundle, c.id)
+}
+
+func flipped(data []byte, at int) []byte {
+	data = bytes.Clone(data)
+	data[at] ^= 0x10
+	return data
+}
+
+// reforge replaces text by text of the same length in the first record of a
+// type and puts all checksums right, as a program that forges images would:
+// the CRC of that record, and the digest in the trailer, which covers the
+// pre-header and CRC of every record before it (docs/image.md).
+func reforge(t *testing.T, stream []byte, of image.Type, old, new string) []byte {
+	t.Helper()
+	stream = bytes.Clone(stream)
+	was, is := sha256.New(), sha256.New()
+	replaced := false
+	for at := 0; at < len(stream); {
+		kind := image.Type(binary.LittleEndian.Uint32(stream[at:]))
+		length := int(binary.LittleEndian.Uint64(stream[at+8:]))
+		end := at + (16+length+4+7)&^7
+		body, crc := stream[at:end-4], stream[end-4:end]
+		if kind == image.TypeTrailer {
+			copy(body[16:], bytes.Replace(body[16:], was.Sum(nil), is.Sum(nil), 1))
+		}
+		was.Write(body[:16])
+		was.Write(crc)
+		if kind == of && !replaced {
+			replaced = bytes.Contains(body, []byte(old))
+			copy(body[16:], bytes.Replace(body[16:], []byte(old), []byte(new), 1))
+		}
+		binary.LittleEndian.PutUint32(crc, crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))
+		is.Write(body[:16])
+		is.Write(crc)
+		at = end
+	}
+	if !replaced {
+		t.Fatalf("no %s record holds %q", of, old)
+	}
+	return stream
+}
+
+// TestReadersNeedNoRoot inspects an image as another user.
+func TestReadersNeedNoRoot(t *testing.T) {
+	c := treeContainer(t)
+	c.checkpoint("--leave-running")
+	name := filepath.Join(c.image(), "checkpoint.img")
+	for _, path := range []string{c.dir, c.image(), name, fixtures, c.binary()} {
+		c.must(os.Chmod(path, fs.FileMode(0o755)))
+	}
+	for _, verb := range []string{"inspect", "verify"} {
+		r := c.command(outputs{}, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+			c.binary(), verb, name)
+		if r.code != 0 {
+			t.Errorf("%s as nobody: exit status %d\n%s", verb, r.code, r.stderr)
+		}
+	}
+}

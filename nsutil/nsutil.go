@@ -1,0 +1,97 @@
+// Package nsutil identifies namespaces.
+package nsutil
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Types are the kinds of namespace by their names under /proc/PID/ns
+// (namespaces(7)).
+var Types = []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"}
+
+// Of returns the inode of each namespace that a process is in, by type. A type
+// that this kernel does not have is left out.
+func Of(pid int) (map[string]uint64, error) {
+	out := map[string]uint64{}
+	for _, t := range Types {
+		link, err := os.Readlink(Path(pid, t))
+		if os.IsNotExist(err) && t != "mnt" {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		inode, err := parse(link)
+		if err != nil {
+			return nil, err
+		}
+		out[t] = inode
+	}
+	return out, nil
+}
+
+// Path is the link to a process's namespace.
+func Path(pid int, kind string) string {
+	return "/proc/" + strconv.Itoa(pid) + "/ns/" + kind
+}
+
+// parse reads "mnt:[4026531841]".
+func parse(link string) (uint64, error) {
+	_, rest, ok := strings.Cut(link, ":[")
+	if !ok {
+		return 0, fmt.Errorf("strange namespace link %q", link)
+	}
+	return strconv.ParseUint(strings.TrimSuffix(rest, "]"), 10, 64)
+}
+
+// Owner returns the inode of the user namespace that owns a namespace
+// (ioctl_ns(2) NS_GET_USERNS), 0 if it lies above the caller's own.
+func Owner(path string) (uint64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	fd, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_USERNS)
+	if err == unix.EPERM {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("owner of %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	err = unix.Fstat(fd, &st)
+	return st.Ino, err
+}
+
+// TimeOffsets returns how far a process's CLOCK_MONOTONIC and CLOCK_BOOTTIME
+// stand from the host's, nanoseconds (time_namespaces(7)).
+func TimeOffsets(pid int) (monotonic, boottime int64, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/timens_offsets", pid))
+	if os.IsNotExist(err) {
+		return 0, 0, nil
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		var clock string
+		var sec, nsec int64
+		if n, _ := fmt.Sscanf(line, "%s %d %d", &clock, &sec, &nsec); n != 3 {
+			continue
+		}
+		switch clock {
+		case "monotonic", "1":
+			monotonic = sec*1e9 + nsec
+		case "boottime", "7":
+			boottime = sec*1e9 + nsec
+		}
+	}
+	return monotonic, boottime, nil
+}

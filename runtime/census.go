@@ -1,0 +1,354 @@
+package runtime
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/task"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// census is what can be read of a container's processes from outside. It is
+// taken twice: once while they run, to refuse early what cannot be saved, and
+// once while they are stopped, for the image.
+type census struct {
+	procs   []*process // live ones, parents before children
+	zombies []image.Process
+	files   *file.Set
+	shared  *mm.Shared
+}
+
+// process is one live process of the container.
+type process struct {
+	pid     int // host
+	inner   int
+	comm    []byte
+	tids    []int // host, leader first
+	status  []*task.Status
+	stat    *task.Stat
+	threads []*tracee.Thread
+	live    *tracee.Live
+
+	space *mm.Space
+	table *file.Table
+	fs    *object.Object
+	state *task.State
+	hand  *object.Object
+}
+
+func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
+
+// takeCensus reads every process in pids. Processes that are gone by the time
+// they are looked at are left out where they may be (running is true).
+func (c *container) takeCensus(pids []int, running bool) (*census, error) {
+	shared := mm.NewShared()
+	n := &census{shared: shared, files: file.NewSet(file.Env{
+		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: shared,
+		Init: &file.Process{Pid: c.initPid, Inner: 1},
+	})}
+	for _, pid := range pids {
+		p, err := c.visit(pid)
+		if err == nil && p != nil {
+			err = c.admit(p)
+		}
+		if err == nil && p != nil {
+			err = n.scan(p)
+		}
+		if running && errors.Is(err, tracee.ErrGone) {
+			continue
+		}
+		if err != nil {
+			return nil, fail.In(nameOf(p, pid), err)
+		}
+		if p != nil {
+			n.procs = append(n.procs, p)
+		}
+	}
+	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
+		return nil, err
+	}
+	return n, nil
+}
+
+func nameOf(p *process, pid int) string {
+	if p == nil {
+		return fmt.Sprintf("task (host %d)", pid)
+	}
+	return p.name()
+}
+
+// visit reads who a process is; nil for a zombie.
+func (c *container) visit(pid int) (*process, error) {
+	p := &process{pid: pid}
+	var err error
+	if p.tids, err = task.Threads(pid); err != nil {
+		return nil, err
+	}
+	for _, tid := range p.tids {
+		s, err := task.ReadStatus(tid)
+		if err != nil {
+			return nil, err
+		}
+		if s.State == 'Z' && tid == pid && len(p.tids) == 1 {
+			return nil, nil
+		}
+		p.status = append(p.status, s)
+	}
+	p.inner = task.Innermost(p.status[0].NSpid)
+	if p.comm, err = task.Comm(pid); err != nil {
+		return nil, err
+	}
+	p.stat, err = task.ReadStat(pid)
+	return p, err
+}
+
+// admit refuses processes that cannot be saved for what they are.
+func (c *container) admit(p *process) error {
+	s := p.status[0]
+	switch {
+	case s.State == 'Z':
+		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
+	case s.State == 'T':
+		return fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint")
+	case s.TracerPid != 0 && s.TracerPid != unix.Gettid():
+		return fail.Refuse("", fmt.Sprintf("it is being traced by process %d", s.TracerPid), "detach the debugger")
+	case len(s.NSpid) != c.pidDepth:
+		return fail.Refuse("", "it lives in a pid namespace of its own; nested pid namespaces are not supported yet", "")
+	}
+	ours, err := nsutil.Of(p.pid)
+	if err != nil {
+		return goneIs(p.pid, err)
+	}
+	for kind, inode := range ours {
+		if want := c.inodes[kind]; inode != want && kind != "pid_for_children" && kind != "time_for_children" {
+			return fail.Refuse(kind+" namespace", "it differs from that of the container's init; nested namespaces are not supported yet", "")
+		}
+	}
+	return c.inMainCgroup(p.pid)
+}
+
+// inMainCgroup refuses processes that the container has put into cgroups of
+// its own making.
+func (c *container) inMainCgroup(pid int) error {
+	mine, err := cgroupsOf(pid)
+	if err != nil {
+		return err
+	}
+	for controller, path := range mine {
+		if c.record.Cgroups[controller] != path {
+			return fail.Refuse("cgroup "+controller+":"+path, "it is not the container's own cgroup; sub-cgroups are not supported yet", "move it to the container's cgroup")
+		}
+	}
+	return nil
+}
+
+// cgroupsOf reads a process's cgroup by controller, "" for the unified one.
+func cgroupsOf(pid int) (map[string]string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return nil, goneIs(pid, err)
+	}
+	out := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(f) == 3 {
+			out[f[1]] = f[2]
+		}
+	}
+	return out, nil
+}
+
+func goneIs(pid int, err error) error {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("task %d: %w", pid, tracee.ErrGone)
+	}
+	return err
+}
+
+// scan reads what a process holds: memory areas, descriptors, its place.
+func (n *census) scan(p *process) (err error) {
+	if p.space, err = mm.Scan(p.pid, n.files, n.shared); err != nil {
+		return err
+	}
+	if p.table, err = n.files.AddTable(&file.Process{Pid: p.pid, Inner: p.inner, Name: p.name()}); err != nil {
+		return err
+	}
+	p.fs, err = file.FS(p.pid, p.status[0].Umask)
+	return err
+}
+
+// checkSharing refuses what processes share and forked ones do not: it would
+// silently come apart.
+func (n *census) checkSharing() error {
+	for what, kind := range map[string]uintptr{"address space": kcmpVM, "descriptor table": kcmpFiles, "file system context": kcmpFS, "signal actions": kcmpSighand} {
+		sorted := slices.Clone(n.procs)
+		var failed error
+		slices.SortFunc(sorted, func(a, b *process) int {
+			order, err := kcmp(a.pid, b.pid, kind)
+			failed = errors.Join(failed, err)
+			return order
+		})
+		for i := 1; i < len(sorted); i++ {
+			same, err := kcmp(sorted[i-1].pid, sorted[i].pid, kind)
+			if failed = errors.Join(failed, err); failed != nil {
+				return failed
+			}
+			if same == 0 {
+				return fail.In(sorted[i].name(), fail.Refuse(what, "it is shared with "+sorted[i-1].name()+"; that is not supported yet", ""))
+			}
+		}
+	}
+	return nil
+}
+
+// Types of kcmp(2).
+const (
+	kcmpVM      = 1
+	kcmpFiles   = 2
+	kcmpFS      = 3
+	kcmpSighand = 4
+)
+
+func kcmp(a, b int, kind uintptr) (int, error) {
+	if a == b {
+		return 0, nil
+	}
+	r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(a), uintptr(b), kind, 0, 0, 0)
+	if errno != 0 {
+		return 0, goneIs(a, fmt.Errorf("kcmp: %w", errno))
+	}
+	return [...]int{0, -1, 1, 1}[r&3], nil
+}
+
+// findZombies looks for children that have exited and wait to be reaped.
+func (n *census) findZombies(c *container) error {
+	known := map[int]bool{}
+	for _, p := range n.procs {
+		known[p.pid] = true
+	}
+	for _, p := range n.procs {
+		for _, tid := range p.tids {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.pid, tid))
+			if err != nil {
+				return goneIs(p.pid, err)
+			}
+			for f := range strings.FieldsSeq(string(b)) {
+				pid, err := strconv.Atoi(f)
+				if err == nil && !known[pid] {
+					known[pid] = true
+					err = n.addZombie(pid, p)
+				}
+				if err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+const (
+	statPgrp     = 5
+	statSession  = 6
+	statExitCode = 52
+)
+
+func (n *census) addZombie(pid int, parent *process) error {
+	s, err := task.ReadStatus(pid)
+	if err != nil {
+		return err
+	}
+	comm, err := task.Comm(pid)
+	if err != nil {
+		return err
+	}
+	if s.State != 'Z' {
+		return fail.In(task.Name(task.Innermost(s.NSpid), pid, comm),
+			fail.Refuse("", "it is a child of the container's "+parent.name()+" but not in the container's cgroup", "move it to the container's cgroup"))
+	}
+	stat, err := task.ReadStat(pid)
+	if err != nil {
+		return err
+	}
+	n.zombies = append(n.zombies, image.Process{
+		Pid: int32(task.Innermost(s.NSpid)), Ppid: int32(parent.inner),
+		Pgid: int32(task.Innermost(s.NSpgid)), Sid: int32(task.Innermost(s.NSsid)),
+		Pids: narrow(s.NSpid), Zombie: true, Status: uint32(stat.Field(statExitCode)), Comm: comm,
+	})
+	return nil
+}
+
+func narrow(ids []int) []int32 {
+	out := make([]int32, len(ids))
+	for i, id := range ids {
+		out[i] = int32(id)
+	}
+	return out
+}
+
+// tree is the task hierarchy for the image, parents before children.
+func (n *census) tree() (image.Tree, error) {
+	inner := map[int]int{}
+	for _, p := range n.procs {
+		inner[p.pid] = p.inner
+	}
+	var all []image.Process
+	for _, p := range n.procs {
+		s := p.status[0]
+		one := image.Process{
+			Pid: int32(p.inner), Ppid: int32(inner[s.PPid]), Comm: p.comm, Pids: narrow(s.NSpid),
+			Pgid: int32(task.Innermost(s.NSpgid)), Sid: int32(task.Innermost(s.NSsid)),
+		}
+		for _, st := range p.status {
+			one.Threads = append(one.Threads, int32(task.Innermost(st.NSpid)))
+		}
+		all = append(all, one)
+	}
+	return sortTree(append(all, n.zombies...))
+}
+
+// sortTree puts parents before children.
+func sortTree(all []image.Process) (image.Tree, error) {
+	children := map[int32][]image.Process{}
+	for _, p := range all {
+		children[p.Ppid] = append(children[p.Ppid], p)
+	}
+	var t image.Tree
+	queue := children[0]
+	for len(queue) > 0 {
+		p := queue[0]
+		queue = append(queue[1:], children[p.Pid]...)
+		t.Processes = append(t.Processes, p)
+	}
+	if len(t.Processes) != len(all) {
+		return t, fmt.Errorf("the task hierarchy has %d processes of which %d hang together", len(all), len(t.Processes))
+	}
+	return t, nil
+}
+
+// checkRoots refuses processes that are not descendants of the container's
+// init: those that were brought in by exec, and their children.
+func (n *census) checkRoots(c *container) error {
+	byPid := map[int]*process{}
+	for _, p := range n.procs {
+		byPid[p.pid] = p
+	}
+	for _, p := range n.procs {
+		if p.pid != c.initPid && byPid[p.status[0].PPid] == nil {
+			return fail.In(p.name(), fail.Refuse("", "it was brought into the container (runc exec); such processes are not supported yet", "end it before the checkpoint"))
+		}
+	}
+	return nil
+}

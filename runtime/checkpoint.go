@@ -1,0 +1,516 @@
+// Package runtime holds the two journeys of a container: out of the machine
+// into a stream (checkpoint.go), and from a stream into a machine (restore.go).
+// Each reads as the list of its phases.
+package runtime
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	goruntime "runtime"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/cgroupfreeze"
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/fault"
+	"github.com/ocickpt/ocickpt/runtime/guardian"
+	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/task"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// Version is what images and the command line say about this program.
+const Version = "ocickpt 0.1.0"
+
+// CheckpointOptions say what to checkpoint, where to, and what then.
+type CheckpointOptions struct {
+	Root         string // state root of the runtime, "/run/runc"
+	ID           string
+	Path         string    // of the image file, or "" for Stream
+	Stream       io.Writer // where the image goes if Path is ""
+	LeaveRunning bool
+	Log          *slog.Logger
+}
+
+// Report says how a journey went.
+type Report struct {
+	ID      string        // of the image, hexadecimal
+	Bytes   uint64        // of the image
+	Stopped time.Duration // from the freeze to the release or the kill
+	Wall    time.Duration
+	Phases  []PhaseTime
+	Tasks   int
+	Threads int
+}
+
+// PhaseTime is how long one phase took.
+type PhaseTime struct {
+	Name string
+	Took time.Duration
+}
+
+// checkpoint is one journey out.
+type checkpoint struct {
+	CheckpointOptions
+	report  Report
+	c       *container
+	guard   *guardian.Guardian
+	out     *output
+	head    headRecords
+	stopped time.Time
+	thaw    guardian.Entry
+	quota   []lifted
+
+	held     map[int]*tracee.Thread // by host tid
+	live     map[int]*tracee.Live   // by host pid
+	mayVfork bool
+	culprit  *tracee.Thread
+	calls    map[int]string // kernelCalls
+
+	census *census
+	tree   image.Tree
+	w      *image.Writer
+	wrote  bool
+}
+
+type lifted struct {
+	entry guardian.Entry
+	limit cgroupfreeze.Limit
+}
+
+// headRecords are the records that are the same for every container.
+type headRecords struct {
+	header image.Header
+	arch   image.Arch
+}
+
+// phase is one leg of a journey.
+type phase struct {
+	name string
+	run  func(context.Context) error
+}
+
+// travel runs the phases in order until one fails or ctx ends.
+func travel(ctx context.Context, phases []phase, report *Report) error {
+	for _, p := range phases {
+		begin := time.Now()
+		err := ctx.Err()
+		if err == nil {
+			err = fault.Point(p.name)
+		}
+		if err == nil {
+			err = p.run(ctx)
+		}
+		if err != nil {
+			return fail.During(p.name, err)
+		}
+		report.Phases = append(report.Phases, PhaseTime{p.name, time.Since(begin)})
+	}
+	return nil
+}
+
+// Checkpoint saves a container. Whatever goes wrong before the release puts it
+// back as it was; the error says in one line what, where and what to do.
+func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
+	// A tracer is a thread, not a process (ptrace(2)).
+	goruntime.LockOSThread()
+	defer goruntime.UnlockOSThread()
+	begin := time.Now()
+	k := &checkpoint{CheckpointOptions: o, held: map[int]*tracee.Thread{}, live: map[int]*tracee.Live{}}
+	defer k.close()
+	err := travel(ctx, []phase{
+		{"prepare", k.prepare},
+		{"survey", k.survey},
+		{"stop", k.stop},
+		{"collect", k.collect},
+		{"write the head", k.writeHead},
+		{"write the contents", k.writeContents},
+		{"check for newcomers", k.checkNewcomers},
+		{"commit", k.commit},
+		{"release", k.release},
+	}, &k.report)
+	if err != nil {
+		return nil, k.putBack(err)
+	}
+	if err := k.settleAfter(ctx); err != nil {
+		return nil, fail.During("finish", err)
+	}
+	k.report.Wall = time.Since(begin)
+	return &k.report, nil
+}
+
+func (k *checkpoint) close() {
+	k.closeLive()
+	if k.out != nil {
+		_ = k.out.Close()
+	}
+	if k.c != nil {
+		_ = k.c.Close()
+	}
+}
+
+// prepare does everything that can be done while the container runs.
+func (k *checkpoint) prepare(context.Context) error {
+	started := make(chan error, 1)
+	go func() {
+		var err error
+		k.guard, err = guardian.Start()
+		started <- err
+	}()
+	c, err := load(k.Root, k.ID)
+	k.c = c
+	if err == nil {
+		err = k.head.fill(k.LeaveRunning)
+	}
+	if e := <-started; err == nil {
+		err = e
+	}
+	if err != nil {
+		return err
+	}
+	if k.out, err = openOutput(k.Path, k.Stream, k.guard); err != nil {
+		return err
+	}
+	k.w = image.NewWriter(k.out)
+	return nil
+}
+
+// fill makes the records that describe the machine and this program.
+func (h *headRecords) fill(leaveRunning bool) error {
+	h.header = image.Header{
+		Magic: image.HeaderMagic, Revision: image.Revision, ByteOrder: "little", Tool: Version,
+		Options: image.Options{LeaveRunning: leaveRunning},
+	}
+	if _, err := rand.Read(h.header.ID[:]); err != nil {
+		return err
+	}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return fmt.Errorf("uname: %w", err)
+	}
+	h.header.Uname = image.Uname{
+		Sysname: unix.ByteSliceToString(u.Sysname[:]), Release: unix.ByteSliceToString(u.Release[:]),
+		Version: unix.ByteSliceToString(u.Version[:]), Machine: unix.ByteSliceToString(u.Machine[:]),
+	}
+	h.arch = machine()
+	h.arch.Machine = h.header.Uname.Machine
+	return nil
+}
+
+// survey looks at the running container and refuses what cannot be saved,
+// before anything is stopped. It also makes sure of room for the image.
+func (k *checkpoint) survey(context.Context) error {
+	pids, err := k.c.cgroup.Processes()
+	if err != nil {
+		return err
+	}
+	n, err := k.c.takeCensus(pids, true)
+	if err != nil {
+		return err
+	}
+	if err := n.checkRoots(k.c); err != nil {
+		return err
+	}
+	k.calls = kernelCalls(n)
+	var size int64
+	for _, p := range n.procs {
+		s, err := mm.Resident(p.pid)
+		if err != nil && !errors.Is(err, tracee.ErrGone) {
+			return err
+		}
+		size += s
+	}
+	return k.out.room(size)
+}
+
+// collect reads everything but page contents into records.
+func (k *checkpoint) collect(ctx context.Context) error {
+	k.head.header.Time = time.Now().UnixNano()
+	if err := k.c.readClocks(); err != nil {
+		return err
+	}
+	n, err := k.c.takeCensus(k.pids(), false)
+	if err != nil {
+		return err
+	}
+	k.census = n
+	for _, step := range []func() error{
+		func() error { return n.findZombies(k.c) },
+		func() error { return n.checkRoots(k.c) },
+		n.checkSharing,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	if k.tree, err = n.tree(); err != nil {
+		return err
+	}
+	for _, p := range n.procs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := k.collectTask(p); err != nil {
+			return fail.In(p.name(), err)
+		}
+	}
+	k.head.noteState(n)
+	return nil
+}
+
+// pids lists the processes that are held, sorted.
+func (k *checkpoint) pids() []int {
+	var pids []int
+	for _, t := range k.held {
+		pids = append(pids, t.Pid)
+	}
+	slices.Sort(pids)
+	return slices.Compact(pids)
+}
+
+func (k *checkpoint) collectTask(p *process) error {
+	for _, tid := range p.tids {
+		t := k.held[tid]
+		if t == nil {
+			return fmt.Errorf("thread %d appeared while everything was stopped", tid)
+		}
+		p.threads = append(p.threads, t)
+	}
+	k.report.Tasks++
+	k.report.Threads += len(p.tids)
+	p.live = k.live[p.pid]
+	src := &task.Source{
+		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
+		Maps: k.c.maps, KernelCalls: k.calls,
+		InnerTid: func(host int) int {
+			s, err := task.ReadStatus(host)
+			if err != nil {
+				return 0
+			}
+			return task.Innermost(s.NSpid)
+		},
+	}
+	var err error
+	if p.state, err = src.Collect(); err != nil {
+		return err
+	}
+	p.hand = &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}
+	return p.space.Details(p.stat.Field, p.state.Brk)
+}
+
+// noteState completes the arch record with what the threads' own state says.
+func (h *headRecords) noteState(n *census) {
+	const xcr0 = 464 // in the bytes that the xsave area leaves to software
+	x := n.procs[0].state.Task.Threads[0].XState
+	h.arch.XSize = uint32(len(x))
+	if len(x) >= xcr0+8 {
+		for i := range 8 {
+			h.arch.XFeatures |= uint64(x[xcr0+i]) << (8 * i)
+		}
+	}
+	for _, a := range n.procs[0].space.Record.Areas {
+		if a.Kind == image.AreaVDSO {
+			h.arch.VDSOLength = a.End - a.Start
+		}
+	}
+}
+
+// writeHead writes sections 1 to 5.
+func (k *checkpoint) writeHead(context.Context) error {
+	k.wrote = true
+	if err := k.w.Record(image.TypeHeader, 0, &k.head.header); err != nil {
+		return err
+	}
+	if err := k.w.Record(image.TypeArch, 0, &k.head.arch); err != nil {
+		return err
+	}
+	for i := range k.c.record.Namespaces {
+		k.c.record.Namespaces[i].Ref = k.w.NewRef()
+	}
+	if err := k.w.Record(image.TypeContainer, 0, &k.c.record); err != nil {
+		return err
+	}
+	if err := k.w.Record(image.TypeTree, 0, &k.tree); err != nil {
+		return err
+	}
+	return k.writeObjects()
+}
+
+// writeObjects writes section 5: shared objects, each process's own, and the
+// processes themselves.
+func (k *checkpoint) writeObjects() error {
+	n := k.census
+	var objects []*object.Object
+	for _, s := range n.shared.Segments() {
+		if err := s.Details(); err != nil {
+			return fail.On("shared memory "+s.Record.Name, err)
+		}
+		objects = append(objects, &s.Object)
+	}
+	objects = append(objects, n.files.Objects()...)
+	for _, p := range n.procs {
+		objects = append(objects, p.fs, p.hand, &p.space.Object)
+	}
+	for _, o := range objects {
+		if err := o.Write(k.w); err != nil {
+			return err
+		}
+	}
+	for _, p := range n.procs {
+		t := p.state.Task
+		t.MM, t.Files, t.FS, t.Sighand = p.space.Ref, p.table.Ref, p.fs.Ref, p.hand.Ref
+		if err := k.w.Record(image.TypeTask, 0, t); err != nil {
+			return fail.In(p.name(), err)
+		}
+	}
+	return nil
+}
+
+// writeContents writes section 6, and the trailer.
+func (k *checkpoint) writeContents(ctx context.Context) error {
+	save := mm.NewSaver(k.w)
+	save.Progress = func(int) error {
+		if err := fault.Point("checkpoint.chunk"); err != nil {
+			return err
+		}
+		return ctx.Err()
+	}
+	for _, s := range k.census.shared.Segments() {
+		if err := s.Save(save.For(s.Ref)); err != nil {
+			return fail.On("shared memory "+s.Record.Name, err)
+		}
+	}
+	for _, p := range k.census.procs {
+		if err := p.space.Save(save.For(p.space.Ref)); err != nil {
+			return fail.In(p.name(), err)
+		}
+	}
+	if err := k.census.files.Contents(k.w); err != nil {
+		return err
+	}
+	return k.w.Close()
+}
+
+// checkNewcomers looks for processes that were brought into the cgroup while
+// the image was written (runc exec, a health check): the image lacks them.
+func (k *checkpoint) checkNewcomers(context.Context) error {
+	pids, err := k.c.cgroup.Processes()
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		if k.held[pid] == nil && !isZombie(pid) {
+			comm, _ := task.Comm(pid)
+			return fail.In(fmt.Sprintf("task (host %d, %s)", pid, comm), &fail.Error{
+				Cause: errors.New("it was brought into the container during the checkpoint"), Remedy: "try again",
+			})
+		}
+	}
+	return nil
+}
+
+// commit gives the image its name: from here on it is whole.
+func (k *checkpoint) commit(context.Context) error {
+	k.report.ID, k.report.Bytes = fmt.Sprintf("%x", k.head.header.ID), k.w.Offset()
+	return k.out.commit(k.guard)
+}
+
+// release ends the stop: the container runs on, or ends.
+func (k *checkpoint) release(context.Context) error {
+	if !k.LeaveRunning {
+		k.kill()
+		k.report.Stopped = time.Since(k.stopped)
+		return nil
+	}
+	err := errors.Join(k.letGo(context.Background()), k.restoreQuota(), k.guard.Strike(k.thaw))
+	k.report.Stopped = time.Since(k.stopped)
+	return err
+}
+
+// kill ends every process. They are ours to reap before their parents can, for
+// a tracer is told first; the init of a pid namespace dies last.
+func (k *checkpoint) kill() {
+	pids := k.pids()
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	for _, leaders := range []bool{false, true} {
+		for _, t := range k.held {
+			if (t.Tid == t.Pid) == leaders && t.Pid != k.c.initPid {
+				reap(t.Tid)
+			}
+		}
+	}
+	for _, t := range k.held {
+		if t.Pid == k.c.initPid && t.Tid != t.Pid {
+			reap(t.Tid)
+		}
+	}
+	reap(k.c.initPid)
+	k.held = map[int]*tracee.Thread{}
+}
+
+// reap waits until a killed task is gone.
+func reap(tid int) {
+	for {
+		var status unix.WaitStatus
+		if _, err := unix.Wait4(tid, &status, unix.WALL, nil); err == unix.EINTR {
+			continue
+		} else if err != nil || status.Exited() || status.Signaled() {
+			return
+		}
+	}
+}
+
+// settleAfter does what takes time, when nobody waits any more.
+func (k *checkpoint) settleAfter(ctx context.Context) error {
+	var errs error
+	if !k.LeaveRunning {
+		for _, q := range k.quota {
+			_ = k.guard.Strike(q.entry) // its cgroup goes with the container
+		}
+		errs = errors.Join(k.guard.Strike(k.thaw), k.c.lib.Destroy())
+	}
+	return errors.Join(errs, k.out.sync(), k.guard.Dismiss())
+}
+
+// putBack undoes everything after a failure, and tells whoever reads the
+// stream why it ends.
+func (k *checkpoint) putBack(err error) error {
+	if len(k.held) > 0 {
+		err = join(err, k.letGo(context.Background()))
+	}
+	if k.guard != nil {
+		err = join(err, k.guard.Rollback())
+		err = join(err, k.guard.Dismiss())
+	}
+	if k.wrote && k.out.path == "" {
+		_ = k.w.Fail(errorRecord(err))
+	}
+	return err
+}
+
+// join adds what went wrong on the way back to the first line, so that it is
+// not lost on engines that read no further.
+func join(err, more error) error {
+	if more == nil {
+		return err
+	}
+	return fmt.Errorf("%w (and while putting the container back: %v)", err, more)
+}
+
+func errorRecord(err error) image.Error {
+	var e *fail.Error
+	if !errors.As(err, &e) {
+		return image.Error{Phase: "checkpoint", Cause: err.Error()}
+	}
+	return image.Error{Phase: e.Phase, Task: e.Task, Object: e.Object, Cause: e.Cause.Error(), Remedy: e.Remedy}
+}

@@ -1,0 +1,269 @@
+package runtime
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/cgroupfreeze"
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/task"
+)
+
+// container is the running container that a checkpoint is taken of.
+type container struct {
+	lib      *libcontainer.Container
+	cgroup   *cgroupfreeze.Cgroup
+	spec     *specs.Spec
+	record   image.Container
+	root     *os.File // of its file system
+	initPid  int
+	pidDepth int // levels of pid namespaces down to the container's
+	inodes   map[string]uint64
+	maps     task.IDMaps
+}
+
+// load reads what the engine and the kernel know of a container, and refuses
+// what can be refused by that alone.
+func load(root, id string) (*container, error) {
+	lib, err := libcontainer.Load(root, id)
+	if errors.Is(err, libcontainer.ErrNotExist) {
+		return nil, &fail.Error{Cause: fmt.Errorf("container %q does not exist", id), Remedy: "`runc --root " + root + " list` shows those that do"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	status, err := lib.Status()
+	if err != nil {
+		return nil, err
+	}
+	if status != libcontainer.Running && status != libcontainer.Paused {
+		return nil, &fail.Error{Cause: fmt.Errorf("container %q is %s", id, status), Remedy: "only running and paused containers can be checkpointed"}
+	}
+	c := &container{lib: lib}
+	if err := c.describe(root); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (c *container) Close() error {
+	if c.root == nil {
+		return nil
+	}
+	return c.root.Close()
+}
+
+// describe fills in the image's record of the container.
+func (c *container) describe(root string) error {
+	state, err := c.lib.State()
+	if err != nil {
+		return err
+	}
+	c.initPid = state.InitProcessPid
+	config := c.lib.Config()
+	c.record = image.Container{
+		ID: c.lib.ID(), Runtime: root, Bundle: label(&config, "bundle"), Stdio: state.ExternalDescriptors,
+		Hostname: config.Hostname, Domainname: config.Domainname,
+	}
+	for _, step := range []func(*libcontainer.State, *configs.Config) error{
+		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames,
+	} {
+		if err := step(state, &config); err != nil {
+			return err
+		}
+	}
+	return c.readLinks()
+}
+
+func (c *container) openRoot(*libcontainer.State, *configs.Config) (err error) {
+	c.root, err = os.Open(fmt.Sprintf("/proc/%d/root", c.initPid))
+	return goneIs(c.initPid, err)
+}
+
+// label reads one of the labels that runc keeps in the configuration.
+func label(config *configs.Config, key string) string {
+	for _, l := range config.Labels {
+		if v, ok := strings.CutPrefix(l, key+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err error) {
+	if c.record.Spec, err = os.ReadFile(filepath.Join(c.record.Bundle, "config.json")); err != nil {
+		return fmt.Errorf("the container's bundle: %w", err)
+	}
+	c.spec = &specs.Spec{}
+	if err := json.Unmarshal(c.record.Spec, c.spec); err != nil {
+		return fmt.Errorf("%s/config.json: %w", c.record.Bundle, err)
+	}
+	if c.spec.Process != nil && c.spec.Process.Terminal {
+		return fail.Refuse("terminal", "containers with a terminal are not supported yet", "run it without (process.terminal false)")
+	}
+	c.record.Annotations = c.spec.Annotations
+	c.record.Config, err = json.Marshal(config)
+	return err
+}
+
+func (c *container) readCgroups(state *libcontainer.State, _ *configs.Config) (err error) {
+	if c.cgroup, err = cgroupfreeze.Open(state.CgroupPaths); err != nil {
+		return err
+	}
+	if c.record.Cgroups, err = cgroupsOf(c.initPid); err != nil {
+		return err
+	}
+	if c.record.Paused, err = c.cgroup.Frozen(); err != nil {
+		return err
+	}
+	c.record.SubCgroups, err = c.cgroup.SubCgroups()
+	return err
+}
+
+func (c *container) readNamespaces(_ *libcontainer.State, config *configs.Config) (err error) {
+	if c.inodes, err = nsutil.Of(c.initPid); err != nil {
+		return goneIs(c.initPid, err)
+	}
+	host, err := nsutil.Of(os.Getpid())
+	if err != nil {
+		return err
+	}
+	for _, kind := range nsutil.Types {
+		inode, ok := c.inodes[kind]
+		if !ok {
+			continue
+		}
+		ns := image.Namespace{Type: kind, Inode: inode, Host: inode == host[kind]}
+		for _, n := range config.Namespaces {
+			if configs.NsName(n.Type) == kind {
+				ns.Path = n.Path
+			}
+		}
+		ns.Owner, _ = nsutil.Owner(nsutil.Path(c.initPid, kind))
+		c.record.Namespaces = append(c.record.Namespaces, ns)
+	}
+	if c.inodes["pid"] == host["pid"] {
+		return fail.Refuse("pid namespace", "the container has none of its own, so its pids cannot be given again", "give it one (linux.namespaces pid)")
+	}
+	if c.inodes["user"] != host["user"] {
+		if c.maps, err = readIDMaps(c.initPid); err != nil {
+			return err
+		}
+		c.record.UIDMap, c.record.GIDMap = c.maps.UID, c.maps.GID
+	}
+	status, err := task.ReadStatus(c.initPid)
+	if err != nil {
+		return err
+	}
+	c.pidDepth = len(status.NSpid)
+	return nil
+}
+
+func readIDMaps(pid int) (m task.IDMaps, err error) {
+	read := func(name string) (out []image.IDMap, err error) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, name))
+		if err != nil {
+			return nil, goneIs(pid, err)
+		}
+		for line := range strings.Lines(string(b)) {
+			var r image.IDMap
+			if _, err := fmt.Sscan(line, &r.Container, &r.Host, &r.Size); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			out = append(out, r)
+		}
+		return out, nil
+	}
+	if m.UID, err = read("uid_map"); err != nil {
+		return m, err
+	}
+	m.GID, err = read("gid_map")
+	return m, err
+}
+
+// readMounts reads the init's mountinfo and refuses what the container mounted
+// by itself, and what lies in file systems that live only in memory.
+func (c *container) readMounts(_ *libcontainer.State, config *configs.Config) error {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", c.initPid))
+	if err != nil {
+		return goneIs(c.initPid, err)
+	}
+	for line := range strings.Lines(string(b)) {
+		m, err := parseMount(strings.TrimSuffix(line, "\n"))
+		if err != nil {
+			return err
+		}
+		c.record.Mounts = append(c.record.Mounts, m)
+	}
+	return checkMounts(c, config)
+}
+
+// parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):
+// "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw".
+func parseMount(line string) (m image.Mount, err error) {
+	left, right, ok := strings.Cut(line, " - ")
+	f, g := strings.Fields(left), strings.Fields(right)
+	if !ok || len(f) < 6 || len(g) < 2 {
+		return m, fmt.Errorf("strange line in mountinfo: %q", line)
+	}
+	m.ID, err = strconv.Atoi(f[0])
+	parent, e := strconv.Atoi(f[1])
+	m.Parent, err = parent, errors.Join(err, e)
+	m.Root, m.Point, m.Options = unescape(f[3]), unescape(f[4]), f[5]
+	m.Optional, m.FSType, m.Source = strings.Join(f[6:], " "), g[0], unescape(g[1])
+	if len(g) > 2 {
+		m.Super = g[2]
+	}
+	return m, err
+}
+
+// unescape undoes the octal escapes of blanks and backslashes.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+}
+
+func (c *container) readNames(*libcontainer.State, *configs.Config) error {
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", c.initPid)); err == nil {
+		c.record.LSM = strings.TrimRight(string(b), "\n\x00")
+	}
+	return nil
+}
+
+// readClocks notes the container's clocks. It is called at the stop.
+func (c *container) readClocks() error {
+	mono, boot, err := nsutil.TimeOffsets(c.initPid)
+	if err != nil {
+		return goneIs(c.initPid, err)
+	}
+	for clock, to := range map[int32]*int64{unix.CLOCK_MONOTONIC: &mono, unix.CLOCK_BOOTTIME: &boot} {
+		var ts unix.Timespec
+		if err := unix.ClockGettime(clock, &ts); err != nil {
+			return err
+		}
+		*to += ts.Nano()
+	}
+	c.record.Monotonic, c.record.Boottime = mono, boot
+	return nil
+}
+
+func (c *container) warn(format string, args ...any) {
+	if w := fmt.Sprintf(format, args...); !slices.Contains(c.record.Warnings, w) {
+		c.record.Warnings = append(c.record.Warnings, w)
+	}
+}

@@ -1,0 +1,502 @@
+package file
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// Maker opens every file of an image in one stub, the container's init, before
+// any other task is cloned: they all inherit the lot and only move what is
+// theirs to its number. Nothing is sent around, and a file is opened where the
+// container's cgroup, root, namespaces and device rules apply.
+//
+// The opened files stand at numbers above every number that a task uses (the
+// table); below, the maker's own descriptors are free for use.
+type Maker struct {
+	Realtime int64 // CLOCK_REALTIME of the checkpoint, nanoseconds
+
+	head     *image.Head
+	stub     *tracee.Stub
+	sock     int // the coordinator's end of the stub's socket
+	base     int // of the table
+	fds      map[image.Ref]int
+	stdio    [3]int
+	socket   int
+	pipes    map[image.Ref]*madePipe
+	segments map[image.Ref]int
+	taken    map[image.Ref]bool
+	late     map[image.Ref]*os.File
+}
+
+type madePipe struct {
+	fd    [2]int
+	taken [2]bool
+}
+
+// Numbers under which the stub starts with what it is given.
+const (
+	StubExeFD = 3
+	ServiceFD = 4
+	SocketFD  = 5
+)
+
+// NewMaker prepares to make the files of an image in stub; sock is the
+// coordinator's end of the stub's socket.
+func NewMaker(head *image.Head, stub *tracee.Stub, sock int) *Maker {
+	m := &Maker{
+		Realtime: head.Header.Time, head: head, stub: stub, sock: sock,
+		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{},
+		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
+	}
+	m.base = 64
+	for _, ref := range sortedRefs(head) {
+		switch o := head.Objects[ref].(type) {
+		case *image.Files:
+			for _, d := range o.Descriptors {
+				m.base = max(m.base, int(d.FD)+1)
+			}
+		case *image.File:
+			if o.Epoll != nil {
+				for _, e := range o.Epoll.Entries {
+					m.base = max(m.base, int(e.FD)+1)
+				}
+			}
+		}
+	}
+	return m
+}
+
+func sortedRefs(head *image.Head) []image.Ref {
+	refs := make([]image.Ref, 0, len(head.Objects))
+	for ref := range head.Objects {
+		refs = append(refs, ref)
+	}
+	slices.Sort(refs)
+	return refs
+}
+
+// FD is the number under which every stub holds the file ref.
+func (m *Maker) FD(ref image.Ref) (int, error) {
+	fd, ok := m.fds[ref]
+	if !ok {
+		return 0, fmt.Errorf("object %d is not an open file", ref)
+	}
+	return fd, nil
+}
+
+// Make opens everything.
+func (m *Maker) Make() error {
+	if err := m.clearLow(); err != nil {
+		return err
+	}
+	if err := m.buffers(); err != nil {
+		return err
+	}
+	var files []image.Ref
+	for _, ref := range sortedRefs(m.head) {
+		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 {
+			files = append(files, ref)
+		}
+	}
+	for chunk := range slices.Chunk(files, 1024) {
+		if err := m.openChunk(chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// clearLow raises the stub's own limit and moves what it started with up.
+func (m *Maker) clearLow() error {
+	var limit unix.Rlimit
+	if err := unix.Prlimit(m.stub.Pid, unix.RLIMIT_NOFILE, nil, &limit); err != nil {
+		return fmt.Errorf("descriptor limit: %w", err)
+	}
+	limit.Cur = limit.Max
+	if err := unix.Prlimit(m.stub.Pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		return fmt.Errorf("descriptor limit: %w", err)
+	}
+	if need := uint64(m.base + len(m.head.Objects) + 16); need > limit.Max {
+		return &fail.Error{Cause: fmt.Errorf("restoring takes %d descriptors and the hard limit is %d", need, limit.Max), Remedy: "raise it (ulimit -Hn)"}
+	}
+	low := []int{0, 1, 2, SocketFD}
+	up, err := m.moveUp(low)
+	if err != nil {
+		return err
+	}
+	copy(m.stdio[:], up)
+	m.socket = up[3]
+	var b tracee.Batch
+	b.Add(unix.SYS_CLOSE, tracee.W(StubExeFD))
+	b.Add(unix.SYS_CLOSE, tracee.W(ServiceFD))
+	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), b.String("ocickpt"))
+	_, err = m.stub.Run(&b)
+	return err
+}
+
+// moveUp moves descriptors into the table and returns their new numbers.
+func (m *Maker) moveUp(low []int) ([]int, error) {
+	var b tracee.Batch
+	for _, fd := range low {
+		b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
+	}
+	for _, fd := range low {
+		b.Add(unix.SYS_CLOSE, tracee.W(fd))
+	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return nil, err
+	}
+	up := make([]int, len(low))
+	for i := range low {
+		up[i] = int(b.Calls[i].Ret)
+	}
+	return up, nil
+}
+
+// buffers makes what lies behind files: pipes, fifos held open at both ends,
+// shared memory.
+func (m *Maker) buffers() error {
+	for _, ref := range sortedRefs(m.head) {
+		var err error
+		var object string
+		switch o := m.head.Objects[ref].(type) {
+		case *image.Pipe:
+			object = "pipe " + o.Path
+			err = m.makePipe(ref, o)
+		case *image.Shmem:
+			object = "shared memory " + o.Name
+			err = m.makeShmem(ref, o)
+		}
+		if err != nil {
+			return fail.On(object, err)
+		}
+	}
+	return nil
+}
+
+func (m *Maker) makePipe(ref image.Ref, p *image.Pipe) error {
+	var b tracee.Batch
+	ends := b.Reserve(8)
+	if p.Path != "" {
+		openPath(&b, p.Path, unix.O_RDWR|unix.O_NONBLOCK)
+	} else {
+		b.Add(unix.SYS_PIPE2, ends, tracee.W(unix.O_CLOEXEC|unix.O_NONBLOCK))
+	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return err
+	}
+	low := []int{int(b.Calls[0].Ret)}
+	if p.Path == "" {
+		raw := b.At(ends, 8)
+		low = []int{int(binary.LittleEndian.Uint32(raw)), int(binary.LittleEndian.Uint32(raw[4:]))}
+	}
+	up, err := m.moveUp(low)
+	if err != nil {
+		return err
+	}
+	m.pipes[ref] = &madePipe{fd: [2]int{up[0], up[len(up)-1]}}
+	if p.Capacity == 0 {
+		return nil
+	}
+	var size tracee.Batch
+	size.Add(unix.SYS_FCNTL, tracee.W(up[0]), tracee.W(unix.F_SETPIPE_SZ), tracee.W(p.Capacity))
+	_, err = m.stub.Run(&size)
+	return err
+}
+
+// shmemAt is where the maker maps shared memory for a moment: far from the
+// stub, its stack and the service area.
+const shmemAt = 0x200000000000
+
+func (m *Maker) makeShmem(ref image.Ref, rec *image.Shmem) error {
+	var b tracee.Batch
+	i := mm.CreateShmem(&b, rec, shmemAt)
+	if _, err := m.stub.Run(&b); err != nil {
+		return err
+	}
+	if i < 0 {
+		return m.adoptMapping(ref, rec)
+	}
+	up, err := m.moveUp([]int{int(b.Calls[i].Ret)})
+	if err != nil {
+		return err
+	}
+	m.segments[ref] = up[0]
+	var size tracee.Batch
+	size.Add(unix.SYS_FTRUNCATE, tracee.W(up[0]), tracee.W(rec.Size))
+	size.Add(unix.SYS_FCHMOD, tracee.W(up[0]), tracee.W(rec.Mode))
+	_, err = m.stub.Run(&size)
+	return err
+}
+
+// adoptMapping turns memory that has no descriptor, because mmap made it, into
+// one of the table: opened through the map_files of the stub that has just
+// mapped it, and sent back to it. So it is the same kind of memory as before
+// and reads as such in /proc/PID/maps.
+func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
+	end := shmemAt + (rec.Size+mm.PageSize-1)&^uint64(mm.PageSize-1)
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/map_files/%x-%x", m.stub.Pid, uint64(shmemAt), end), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fd, err := m.send(m.stub, f)
+	if err != nil {
+		return err
+	}
+	up, err := m.moveUp([]int{fd})
+	if err != nil {
+		return err
+	}
+	m.segments[ref] = up[0]
+	var b tracee.Batch
+	b.Add(unix.SYS_MUNMAP, tracee.W(uint64(shmemAt)), tracee.W(end-shmemAt))
+	_, err = m.stub.Run(&b)
+	return err
+}
+
+// send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
+// returns its number there.
+func (m *Maker) send(to *tracee.Stub, f *os.File) (int, error) {
+	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0); err != nil {
+		return 0, fmt.Errorf("send %s: %w", f.Name(), err)
+	}
+	socket := m.socket
+	if socket == 0 {
+		socket = SocketFD
+	}
+	var b tracee.Batch
+	control := b.Reserve(unix.CmsgSpace(4))
+	iov := b.PutPointer(nil, b.Reserve(1), binary.LittleEndian.AppendUint64(nil, 1)...)
+	msg := b.Reserve(56) // struct msghdr
+	b.Fix(msg.Plus(16), iov)
+	binary.LittleEndian.PutUint64(b.At(msg.Plus(24), 8), 1)
+	b.Fix(msg.Plus(32), control)
+	binary.LittleEndian.PutUint64(b.At(msg.Plus(40), 8), uint64(unix.CmsgSpace(4)))
+	b.Add(unix.SYS_RECVMSG, tracee.W(socket), msg, tracee.W(unix.MSG_CMSG_CLOEXEC))
+	if _, err := to.Run(&b); err != nil {
+		return 0, fmt.Errorf("receive %s: %w", f.Name(), err)
+	}
+	return int(binary.LittleEndian.Uint32(b.At(control.Plus(unix.CmsgLen(0)), 4))), nil
+}
+
+// openChunk opens some files, moves them into the table and gives them their
+// state.
+func (m *Maker) openChunk(refs []image.Ref) error {
+	var b tracee.Batch
+	calls := make([]int, len(refs))
+	for i, ref := range refs {
+		f := m.head.File(ref)
+		k := kindOf(f.Kind)
+		if k == nil {
+			return fail.Refuse(f.Path, "a file of kind "+f.Kind+" is not known to this version", "restore with a newer ocickpt")
+		}
+		var err error
+		if calls[i], err = k.open(m, &b, f); err != nil {
+			return fail.On(f.Kind+" "+f.Path, err)
+		}
+	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return m.explain(err, calls, refs)
+	}
+	low := make([]int, len(refs))
+	for i := range refs {
+		low[i] = int(b.Calls[calls[i]].Ret)
+	}
+	up, err := m.moveUp(low)
+	if err != nil {
+		return err
+	}
+	for i, ref := range refs {
+		m.fds[ref] = up[i]
+	}
+	return m.finishChunk(refs)
+}
+
+func (m *Maker) finishChunk(refs []image.Ref) error {
+	var b tracee.Batch
+	calls := make([]int, len(refs))
+	for i, ref := range refs {
+		f := m.head.File(ref)
+		if k := kindOf(f.Kind); k.finish != nil {
+			k.finish(m, &b, m.fds[ref], f)
+		}
+		calls[i] = len(b.Calls) - 1
+	}
+	_, err := m.stub.Run(&b)
+	return m.explain(err, calls, refs)
+}
+
+// explain names the file that a failed call of a batch was for: the first
+// whose last call is not before it.
+func (m *Maker) explain(err error, calls []int, refs []image.Ref) error {
+	failed, ok := err.(*tracee.CallError)
+	if !ok {
+		return err
+	}
+	for i, last := range calls {
+		if failed.Index <= last {
+			f := m.head.File(refs[i])
+			return fail.On(f.Kind+" "+f.Path, fmt.Errorf("cannot be opened again in the container: %w", failed))
+		}
+	}
+	return err
+}
+
+// Fill puts bytes back into a pipe. The maker still holds both its ends.
+func (m *Maker) Fill(ref image.Ref, data []byte) error {
+	p := m.pipes[ref]
+	if p == nil {
+		return fmt.Errorf("contents for object %d, which is no pipe", ref)
+	}
+	f, err := m.take(m.stub, p.fd[1])
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for len(data) > 0 {
+		n, err := unix.Write(int(f.Fd()), data)
+		if err != nil {
+			return fmt.Errorf("fill a pipe: %w", err)
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+// take opens a stub's descriptor in the coordinator as well.
+func (m *Maker) take(from *tracee.Stub, fd int) (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(from.Pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd of task %d: %w", from.Pid, err)
+	}
+	defer unix.Close(pidfd)
+	n, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, from.Pid, err)
+	}
+	return os.NewFile(uintptr(n), "taken"), nil
+}
+
+// Segment opens shared memory in the coordinator, to fill it.
+func (m *Maker) Segment(ref image.Ref) (*os.File, error) { return m.take(m.stub, m.segments[ref]) }
+
+// SegmentFD is the number under which every stub holds shared memory ref.
+func (m *Maker) SegmentFD(ref image.Ref) (int, bool) {
+	fd, ok := m.segments[ref]
+	return fd, ok
+}
+
+// Table gives a stub the descriptors of its process and closes all others.
+func (m *Maker) Table(s *tracee.Stub, files *image.Files) error {
+	for chunk := range slices.Chunk(files.Descriptors, 8192) {
+		var b tracee.Batch
+		for _, d := range chunk {
+			var flags uint32
+			if d.CloExec {
+				flags = unix.O_CLOEXEC
+			}
+			if fd, ok := m.fds[d.File]; ok {
+				b.Add(unix.SYS_DUP3, tracee.W(fd), tracee.W(d.FD), tracee.W(flags))
+				continue
+			}
+			if err := m.openLate(s, d); err != nil {
+				return err
+			}
+		}
+		if _, err := s.Run(&b); err != nil {
+			return fmt.Errorf("descriptor table: %w", err)
+		}
+	}
+	return nil
+}
+
+// CloseTable closes what a stub has above the numbers of its process. The init
+// stub's goes last, for it holds the pipes until they are filled.
+func (m *Maker) CloseTable(b *tracee.Batch) {
+	b.Add(unix.SYS_CLOSE_RANGE, tracee.W(m.base), tracee.W(uint32(math.MaxUint32)), tracee.W(0))
+}
+
+// openLate opens a file that exists only since its process does again, in the
+// first task that holds it; others are given the same description.
+func (m *Maker) openLate(s *tracee.Stub, d image.Descriptor) error {
+	f := m.head.File(d.File)
+	var fd int
+	if shared := m.late[d.File]; shared != nil {
+		var err error
+		if fd, err = m.send(s, shared); err != nil {
+			return err
+		}
+	} else {
+		var err error
+		if fd, err = m.openLateFirst(s, f, d.File); err != nil {
+			return fail.On(f.Kind+" "+f.Path, err)
+		}
+	}
+	return m.place(s, fd, d)
+}
+
+func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int, error) {
+	var b tracee.Batch
+	i, err := kindOf(f.Kind).open(m, &b, f)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := s.Run(&b); err != nil {
+		return 0, err
+	}
+	fd := int(b.Calls[i].Ret)
+	if m.late[ref], err = m.take(s, fd); err != nil {
+		return 0, err
+	}
+	var finish tracee.Batch
+	if k := kindOf(f.Kind); k.finish != nil {
+		k.finish(m, &finish, fd, f)
+	}
+	_, err = s.Run(&finish)
+	return fd, err
+}
+
+// place moves a descriptor to its number.
+func (m *Maker) place(s *tracee.Stub, fd int, d image.Descriptor) error {
+	var flags uint32
+	if d.CloExec {
+		flags = unix.O_CLOEXEC
+	}
+	var b tracee.Batch
+	if fd != int(d.FD) {
+		b.Add(unix.SYS_DUP3, tracee.W(fd), tracee.W(d.FD), tracee.W(flags))
+		b.Add(unix.SYS_CLOSE, tracee.W(fd))
+	} else if !d.CloExec {
+		b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_SETFD), tracee.W(0))
+	}
+	_, err := s.Run(&b)
+	return err
+}
+
+// Close releases what the coordinator holds.
+func (m *Maker) Close() {
+	for _, f := range m.late {
+		_ = f.Close()
+	}
+}
+
+// RestoreFS adds the calls that put a stub where its process stood. The root
+// comes last: it is a path from the container's root too.
+func RestoreFS(b *tracee.Batch, fs *image.FS) {
+	b.Add(unix.SYS_CHDIR, b.String(fs.Cwd))
+	if fs.Root != "/" {
+		b.Add(unix.SYS_CHROOT, b.String(fs.Root))
+	}
+	b.Add(unix.SYS_UMASK, tracee.W(fs.Umask))
+}

@@ -1,0 +1,152 @@
+package file
+
+import (
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// creationFlags act once, at the open(2) that made the file; opening it again
+// must neither create nor truncate it.
+const creationFlags = unix.O_CREAT | unix.O_EXCL | unix.O_TRUNC | unix.O_NOCTTY | unix.O_NOFOLLOW
+
+// openPath adds the open of a recorded path. O_NOFOLLOW: the kernel gave us
+// the path without links, a link in its place now is another file.
+func openPath(b *tracee.Batch, path string, flags uint32) int {
+	return b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String(path),
+		tracee.W(flags&^creationFlags|unix.O_NOFOLLOW|unix.O_NOCTTY|unix.O_CLOEXEC))
+}
+
+func seek(_ *Maker, b *tracee.Batch, fd int, f *image.File) {
+	if f.Pos != 0 {
+		b.Add(unix.SYS_LSEEK, tracee.W(fd), tracee.W(f.Pos), tracee.W(unix.SEEK_SET))
+	}
+}
+
+// regular is a file with a name on some file system.
+var regular = kind{
+	name: image.KindRegular,
+	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFREG },
+	read: func(s *Set, d *Description) error {
+		if s.external(d.seen) {
+			return fail.Refuse("", "the file lies outside the container", "close it before the checkpoint")
+		}
+		if unlinked(d.seen) {
+			return fail.Refuse("", "the file was deleted while open; deleted files are not supported yet", "close it before the checkpoint")
+		}
+		st := &d.seen.stat
+		d.Record.Kind, d.Record.Path = image.KindRegular, d.seen.link
+		d.Record.Size, d.Record.Mtime, d.Record.Mode = st.Size, st.Mtim.Nano(), st.Mode
+		return s.resolves(d.seen.link, st)
+	},
+	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		return openPath(b, f.Path, f.Flags), nil
+	},
+	finish: seek,
+}
+
+func unlinked(one *seen) bool { return one.stat.Nlink == 0 }
+
+// directory is an open directory; its position is the file system's own
+// cookie, valid for as long as the directory is not rewritten.
+var directory = kind{
+	name: image.KindDirectory,
+	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFDIR },
+	read: func(s *Set, d *Description) error {
+		if s.external(d.seen) {
+			return fail.Refuse("", "the directory lies outside the container", "close it before the checkpoint")
+		}
+		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindDirectory, d.seen.link, d.seen.stat.Mode
+		return s.resolves(d.seen.link, &d.seen.stat)
+	},
+	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		return openPath(b, f.Path, f.Flags|unix.O_DIRECTORY), nil
+	},
+	finish: seek,
+}
+
+// pathKind is a descriptor opened with O_PATH: a place, not a file.
+var pathKind = kind{
+	name: image.KindPath,
+	is:   func(_ *Set, one *seen) bool { return one.flags&unix.O_PATH != 0 },
+	read: func(s *Set, d *Description) error {
+		if s.external(d.seen) {
+			return fail.Refuse("", "the path lies outside the container", "close it before the checkpoint")
+		}
+		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindPath, d.seen.link, d.seen.stat.Mode
+		return s.resolves(d.seen.link, &d.seen.stat)
+	},
+	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		return openPath(b, f.Path, f.Flags), nil
+	},
+}
+
+// statelessDevices are those whose open descriptors hold nothing.
+var statelessDevices = []uint64{
+	unix.Mkdev(1, 3), unix.Mkdev(1, 5), unix.Mkdev(1, 7), // null, zero, full
+	unix.Mkdev(1, 8), unix.Mkdev(1, 9), // random, urandom
+}
+
+func unsupportedDevice(rdev uint64) string {
+	if slices.Contains(statelessDevices, rdev) {
+		return ""
+	}
+	if major := unix.Major(rdev); major == 5 || major >= 136 && major <= 143 || major == 4 {
+		return "terminals are not supported yet"
+	}
+	return "the state of this device is known only to its driver"
+}
+
+// device is a device node without state of its own.
+var device = kind{
+	name: image.KindDevice,
+	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFCHR || one.format() == unix.S_IFBLK },
+	read: func(s *Set, d *Description) error {
+		st := &d.seen.stat
+		if why := unsupportedDevice(st.Rdev); why != "" || d.seen.format() == unix.S_IFBLK {
+			return fail.Refuse("", why, "close it before the checkpoint")
+		}
+		d.Record.Kind, d.Record.Path = image.KindDevice, d.seen.link
+		d.Record.Mode, d.Record.Rdev = st.Mode, st.Rdev
+		if s.external(d.seen) { // the host's /dev/null is the container's
+			return nil
+		}
+		return s.resolves(d.seen.link, st)
+	},
+	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		if why := unsupportedDevice(f.Rdev); why != "" {
+			return 0, fail.Refuse(f.Path, why, "")
+		}
+		return openPath(b, f.Path, f.Flags), nil
+	},
+}
+
+// proc is a file of a file system that the kernel makes up as it is read.
+var proc = kind{
+	name: image.KindProc,
+	is: func(s *Set, one *seen) bool {
+		switch s.fsType(one) {
+		case "proc", "sysfs", "cgroup", "cgroup2":
+			return one.format() == unix.S_IFREG || one.format() == unix.S_IFDIR
+		}
+		return false
+	},
+	read: func(s *Set, d *Description) error {
+		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindProc, d.seen.link, d.seen.stat.Mode
+		if unlinked(d.seen) {
+			return fail.Refuse("", "it belongs to a task that is gone", "close it before the checkpoint")
+		}
+		if s.fsType(d.seen) == "proc" {
+			d.Record.Pid = pidInPath(d.seen.link, s.Mounts, d.seen.mnt)
+		}
+		return s.resolves(d.seen.link, &d.seen.stat)
+	},
+	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		return openPath(b, f.Path, f.Flags), nil
+	},
+	finish: seek,
+}

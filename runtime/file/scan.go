@@ -1,0 +1,417 @@
+// Package file holds open files and descriptor tables. Each kind of file is one
+// source file with both directions: how it is told and saved, and how a stub
+// inside the container makes it again. kinds lists them.
+package file
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// Process is what the room needs to know of a process.
+type Process struct {
+	Pid   int // host
+	Inner int
+	Name  string // for messages
+}
+
+// seen is one descriptor as /proc shows it.
+type seen struct {
+	proc  *Process
+	fd    int
+	link  string // target of /proc/PID/fd/N
+	stat  unix.Stat_t
+	flags uint32 // open(2) flags with O_CLOEXEC
+	pos   int64
+	mnt   int
+	info  []byte // the whole of /proc/PID/fdinfo/N
+}
+
+func (s *seen) path() string { return fmt.Sprintf("/proc/%d/fd/%d", s.proc.Pid, s.fd) }
+
+// object is how messages name a descriptor.
+func (s *seen) object() string { return fmt.Sprintf("fd %d, %s", s.fd, s.link) }
+
+// deletedSuffix is how the kernel marks the path of a file with no name left.
+const deletedSuffix = " (deleted)"
+
+// look reads one descriptor.
+func look(p *Process, fd int) (*seen, error) {
+	s := &seen{proc: p, fd: fd}
+	var err error
+	if s.link, err = os.Readlink(s.path()); err != nil {
+		return nil, err
+	}
+	if err = unix.Stat(s.path(), &s.stat); err != nil {
+		return nil, err
+	}
+	if s.info, err = os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", p.Pid, fd)); err != nil {
+		return nil, err
+	}
+	s.pos = int64(s.number("pos", 10))
+	s.flags = uint32(s.number("flags", 8))
+	s.mnt = int(s.number("mnt_id", 10))
+	return s, nil
+}
+
+// field is the value behind "key:" in the descriptor's fdinfo.
+func (s *seen) field(key string) string {
+	for line := range bytes.Lines(s.info) {
+		if rest, ok := bytes.CutPrefix(line, []byte(key+":")); ok {
+			return strings.TrimSpace(string(rest))
+		}
+	}
+	return ""
+}
+
+func (s *seen) number(key string, base int) uint64 {
+	v, _ := strconv.ParseUint(s.field(key), base, 64)
+	return v
+}
+
+// pair reads a field of the form "(seconds, nanoseconds)" in nanoseconds.
+func (s *seen) pair(key string) int64 {
+	var sec, nsec int64
+	if _, err := fmt.Sscanf(s.field(key), "(%d, %d)", &sec, &nsec); err != nil {
+		return 0
+	}
+	return sec*1e9 + nsec
+}
+
+// own opens the same file description in this process (pidfd_getfd(2)).
+func (s *seen) own() (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(s.proc.Pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd of task %d: %w", s.proc.Pid, err)
+	}
+	defer unix.Close(pidfd)
+	fd, err := unix.PidfdGetfd(pidfd, s.fd, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_getfd: %w", err)
+	}
+	return os.NewFile(uintptr(fd), s.link), nil
+}
+
+// Description is one open file description and who holds it.
+type Description struct {
+	object.Object
+	Record  *image.File
+	seen    *seen // one of its descriptors
+	pipe    *pipe
+	segment *mm.Segment
+	targets []*Description // of an epoll, by entry
+}
+
+// Table is one descriptor table.
+type Table struct {
+	object.Object
+	proc    *Process
+	record  *image.Files
+	entries []entry
+}
+
+type entry struct {
+	seen *seen
+	desc *Description
+}
+
+// Set is every open file of a container.
+type Set struct {
+	Env
+	all    []*seen
+	descs  []*Description
+	tables []*Table
+	mapped map[mappedKey]*object.Object
+	maps   []*object.Object // mapped files in the order they were met
+	pipes  map[uint64]*pipe
+	order  []*pipe
+}
+
+// Env is what the room must know of the container.
+type Env struct {
+	Root   *os.File // of the container's file system, to resolve paths in
+	Mounts []image.Mount
+	Stdio  []string // link targets that init was started with
+	Init   *Process
+	Shared *mm.Shared
+}
+
+type mappedKey struct {
+	dev, ino uint64
+	path     string
+	write    bool
+}
+
+// NewSet returns an empty set for a container.
+func NewSet(env Env) *Set {
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}}
+}
+
+// AddTable reads the descriptor table of a process.
+func (s *Set) AddTable(p *Process) (*Table, error) {
+	dir, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Pid))
+	if err != nil {
+		return nil, gone(p.Pid, err)
+	}
+	t := &Table{proc: p, record: &image.Files{}}
+	t.Object = object.Object{Type: image.TypeFiles, Record: t.record, Complete: t.complete}
+	for _, e := range dir {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		one, err := look(p, fd)
+		if err != nil {
+			return nil, gone(p.Pid, err)
+		}
+		s.all = append(s.all, one)
+		t.entries = append(t.entries, entry{seen: one})
+	}
+	slices.SortFunc(t.entries, func(a, b entry) int { return cmp.Compare(a.seen.fd, b.seen.fd) })
+	s.tables = append(s.tables, t)
+	return t, nil
+}
+
+func gone(pid int, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("task %d: %w", pid, tracee.ErrGone)
+	}
+	return err
+}
+
+// Describe finds which descriptors share an open file description, tells the
+// kind of each, and reads its state. It refuses what cannot be saved.
+func (s *Set) Describe() error {
+	byFile := map[*seen]*Description{}
+	groups, err := group(s.all)
+	if err != nil {
+		return err
+	}
+	for _, g := range groups {
+		d := &Description{seen: g[0], Record: &image.File{}}
+		d.Object = object.Object{Type: image.TypeFile, Record: d.Record}
+		s.descs = append(s.descs, d)
+		for _, one := range g {
+			byFile[one] = d
+		}
+	}
+	for _, t := range s.tables {
+		for i := range t.entries {
+			t.entries[i].desc = byFile[t.entries[i].seen]
+		}
+	}
+	for _, d := range s.descs {
+		if err := s.describe(d); err != nil {
+			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
+		}
+	}
+	for _, d := range s.descs {
+		if d.Record.Kind == image.KindEpoll {
+			if err := s.interest(d); err != nil {
+				return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
+			}
+		}
+	}
+	return s.checkPipes()
+}
+
+func (s *Set) describe(d *Description) error {
+	d.Record.Flags = d.seen.flags &^ unix.O_CLOEXEC
+	d.Record.Pos = d.seen.pos
+	d.Record.Opener = int32(d.seen.proc.Inner)
+	for _, k := range kinds {
+		if k.is(s, d.seen) {
+			return k.read(s, d)
+		}
+	}
+	return fail.Refuse("", "this kind of file is not supported yet", "close it before the checkpoint")
+}
+
+// group sorts descriptors into open file descriptions. Those that differ in
+// inode, flags or position cannot be the same one; for the rest kcmp(2) gives
+// an order, so that sorting brings equal ones together.
+func group(all []*seen) ([][]*seen, error) {
+	var failed error
+	order := func(a, b *seen) int {
+		if c := cmp.Or(cmp.Compare(a.stat.Dev, b.stat.Dev), cmp.Compare(a.stat.Ino, b.stat.Ino), cmp.Compare(a.mnt, b.mnt),
+			cmp.Compare(a.flags&^unix.O_CLOEXEC, b.flags&^unix.O_CLOEXEC), cmp.Compare(a.pos, b.pos)); c != 0 {
+			return c
+		}
+		c, err := kcmp(a.proc.Pid, b.proc.Pid, kcmpFile, uintptr(a.fd), uintptr(b.fd))
+		failed = errors.Join(failed, err)
+		return c
+	}
+	sorted := slices.Clone(all)
+	slices.SortStableFunc(sorted, order)
+	var out [][]*seen
+	for i, one := range sorted {
+		if i > 0 && order(sorted[i-1], one) == 0 {
+			out[len(out)-1] = append(out[len(out)-1], one)
+		} else {
+			out = append(out, []*seen{one})
+		}
+	}
+	return out, failed
+}
+
+// Types of kcmp(2).
+const (
+	kcmpFile     = 0
+	kcmpEpollTFD = 7
+)
+
+// kcmp compares two kernel objects: 0 if they are the same, else their order.
+func kcmp(pid1, pid2 int, kind, a, b uintptr) (int, error) {
+	r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid1), uintptr(pid2), kind, a, b, 0)
+	if errno != 0 {
+		return 0, gone(pid1, fmt.Errorf("kcmp: %w", errno))
+	}
+	return [...]int{0, -1, 1, 1}[r&3], nil
+}
+
+// complete fills in a table's record once its files have references.
+func (t *Table) complete() {
+	t.record.Descriptors = make([]image.Descriptor, len(t.entries))
+	for i, e := range t.entries {
+		t.record.Descriptors[i] = image.Descriptor{FD: int32(e.seen.fd), File: e.desc.Ref, CloExec: e.seen.flags&unix.O_CLOEXEC != 0}
+	}
+}
+
+// Objects lists every record of the room in the order in which they can be
+// written: buffers, mapped files, files, epolls behind what they watch, tables.
+func (s *Set) Objects() []*object.Object {
+	var out []*object.Object
+	for _, p := range s.order {
+		out = append(out, &p.Object)
+	}
+	out = append(out, s.maps...)
+	done := map[*Description]bool{}
+	var visit func(d *Description)
+	visit = func(d *Description) {
+		if done[d] {
+			return
+		}
+		done[d] = true
+		for _, t := range d.targets {
+			visit(t)
+		}
+		out = append(out, &d.Object)
+	}
+	for _, d := range s.descs {
+		visit(d)
+	}
+	for _, t := range s.tables {
+		out = append(out, &t.Object)
+	}
+	return out
+}
+
+// external reports a file of a mount that the container does not have.
+func (s *Set) external(one *seen) bool {
+	for i := range s.Mounts {
+		if s.Mounts[i].ID == one.mnt {
+			return false
+		}
+	}
+	return true
+}
+
+// fsType is the type of file system that a descriptor's mount has.
+func (s *Set) fsType(one *seen) string {
+	for i := range s.Mounts {
+		if s.Mounts[i].ID == one.mnt {
+			return s.Mounts[i].FSType
+		}
+	}
+	return ""
+}
+
+// resolves checks that path inside the container still names the file of st:
+// it has not been unlinked, renamed or covered by a mount since it was opened.
+func (s *Set) resolves(path string, st *unix.Stat_t) error {
+	if strings.HasSuffix(path, deletedSuffix) {
+		return fail.Refuse("", "the file was deleted while open; deleted files are not supported yet", "close it before the checkpoint")
+	}
+	now, err := s.lstat(path)
+	if err != nil {
+		return fail.Refuse("", "its path cannot be reached in the container: "+err.Error(), "close it before the checkpoint")
+	}
+	if now.Dev != st.Dev || now.Ino != st.Ino {
+		return fail.Refuse("", "another file has taken its name since it was opened", "close it before the checkpoint")
+	}
+	return nil
+}
+
+// lstat looks at a path as the container's root sees it, whatever symbolic
+// links lie on the way.
+func (s *Set) lstat(path string) (*unix.Stat_t, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+	fd, err := unix.Openat2(int(s.Root.Fd()), path, &how)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	return &st, unix.Fstat(fd, &st)
+}
+
+// Mapped returns the object of a file that is mapped (mm.Files).
+func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil {
+		return nil, gone(pid, err)
+	}
+	key := mappedKey{st.Dev, st.Ino, path, write}
+	if o := s.mapped[key]; o != nil {
+		return o, nil
+	}
+	if err := s.resolves(path, &st); err != nil {
+		return nil, err
+	}
+	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: path, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode}
+	if write {
+		rec.Flags = unix.O_RDWR
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFCHR {
+		rec.Kind, rec.Rdev = image.KindDevice, st.Rdev
+		if why := unsupportedDevice(st.Rdev); why != "" {
+			return nil, fail.Refuse("", why, "unmap it before the checkpoint")
+		}
+	}
+	o := &object.Object{Type: image.TypeFile, Record: rec}
+	s.mapped[key] = o
+	s.maps = append(s.maps, o)
+	return o, nil
+}
+
+// FS reads where a process stands in the file system.
+func FS(pid int, umask uint32) (*object.Object, error) {
+	rec := &image.FS{Umask: umask}
+	for name, to := range map[string]*string{"cwd": &rec.Cwd, "root": &rec.Root} {
+		path, err := os.Readlink(fmt.Sprintf("/proc/%d/%s", pid, name))
+		if err != nil {
+			return nil, gone(pid, err)
+		}
+		if strings.HasSuffix(path, deletedSuffix) || !filepath.IsAbs(path) {
+			return nil, fail.Refuse(name+" "+path, "the directory was deleted", "change to another directory before the checkpoint")
+		}
+		*to = path
+	}
+	return &object.Object{Type: image.TypeFS, Record: rec}, nil
+}

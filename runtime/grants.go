@@ -1,0 +1,107 @@
+package runtime
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+)
+
+// An image grants nothing. Everything in it is a claim, and what the operator's
+// bundle does not allow is refused before anything is made.
+
+// grants is what a bundle allows the processes of its container.
+type grants struct {
+	capabilities uint64
+	uid, gid     uint32
+	groups       []uint32
+	anyID        bool // set-uid programs could have given others
+	noNewPrivs   bool
+}
+
+func checkGrants(head *image.Head, spec *specs.Spec) error {
+	g, err := grantsOf(spec)
+	if err != nil {
+		return err
+	}
+	for _, t := range head.Tasks {
+		for i := range t.Threads {
+			if err := g.check(&t.Threads[i]); err != nil {
+				return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
+			}
+		}
+	}
+	return nil
+}
+
+func grantsOf(spec *specs.Spec) (*grants, error) {
+	p := spec.Process
+	g := &grants{uid: p.User.UID, gid: p.User.GID, groups: append([]uint32{p.User.GID}, p.User.AdditionalGids...), anyID: !p.NoNewPrivileges, noNewPrivs: p.NoNewPrivileges}
+	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
+		return nil, fail.Refuse("bundle", "AppArmor profiles and SELinux labels are not supported yet", "")
+	}
+	if p.Capabilities == nil {
+		return g, nil
+	}
+	for _, name := range p.Capabilities.Bounding {
+		n, ok := capabilities[strings.ToUpper(name)]
+		if !ok {
+			return nil, fmt.Errorf("bundle: unknown capability %q", name)
+		}
+		g.capabilities |= 1 << n
+	}
+	return g, nil
+}
+
+func (g *grants) check(t *image.Thread) error {
+	c := &t.Creds
+	if extra := (c.Bounding | c.Permitted | c.Effective | c.Inheritable | c.Ambient) &^ g.capabilities; extra != 0 {
+		return fail.Refuse("", "it has capabilities that the bundle does not give: "+capabilityNames(extra), "add them to the bundle's bounding set if it may have them")
+	}
+	if g.capabilities&(1<<unix.CAP_SETUID) == 0 && !g.anyID {
+		for _, uid := range c.UID {
+			if uid != g.uid {
+				return fail.Refuse("", fmt.Sprintf("it has uid %d, which the bundle (user %d, without CAP_SETUID) does not give", uid, g.uid), "change the bundle if it may have it")
+			}
+		}
+	}
+	if g.capabilities&(1<<unix.CAP_SETGID) == 0 && !g.anyID {
+		for _, gid := range slices.Concat(c.GID[:], c.Groups) {
+			if !slices.Contains(g.groups, gid) {
+				return fail.Refuse("", fmt.Sprintf("it has gid %d, which the bundle (group %d, without CAP_SETGID) does not give", gid, g.gid), "change the bundle if it may have it")
+			}
+		}
+	}
+	if g.noNewPrivs && !c.NoNewPrivs {
+		return fail.Refuse("", "it may gain privileges, which the bundle forbids (noNewPrivileges)", "change the bundle if it may")
+	}
+	return nil
+}
+
+func capabilityNames(set uint64) string {
+	var names []string
+	for name, n := range capabilities {
+		if set&(1<<n) != 0 {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return strings.Join(names, " ")
+}
+
+// capabilities are the names of capabilities(7).
+var capabilities = map[string]uint{
+	"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_DAC_READ_SEARCH": 2, "CAP_FOWNER": 3, "CAP_FSETID": 4, "CAP_KILL": 5,
+	"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_LINUX_IMMUTABLE": 9, "CAP_NET_BIND_SERVICE": 10,
+	"CAP_NET_BROADCAST": 11, "CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_IPC_LOCK": 14, "CAP_IPC_OWNER": 15,
+	"CAP_SYS_MODULE": 16, "CAP_SYS_RAWIO": 17, "CAP_SYS_CHROOT": 18, "CAP_SYS_PTRACE": 19, "CAP_SYS_PACCT": 20,
+	"CAP_SYS_ADMIN": 21, "CAP_SYS_BOOT": 22, "CAP_SYS_NICE": 23, "CAP_SYS_RESOURCE": 24, "CAP_SYS_TIME": 25,
+	"CAP_SYS_TTY_CONFIG": 26, "CAP_MKNOD": 27, "CAP_LEASE": 28, "CAP_AUDIT_WRITE": 29, "CAP_AUDIT_CONTROL": 30,
+	"CAP_SETFCAP": 31, "CAP_MAC_OVERRIDE": 32, "CAP_MAC_ADMIN": 33, "CAP_SYSLOG": 34, "CAP_WAKE_ALARM": 35,
+	"CAP_BLOCK_SUSPEND": 36, "CAP_AUDIT_READ": 37, "CAP_PERFMON": 38, "CAP_BPF": 39, "CAP_CHECKPOINT_RESTORE": 40,
+}

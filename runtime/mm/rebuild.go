@@ -1,0 +1,281 @@
+package mm
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// Opened gives the numbers under which a stub holds what it is to map.
+type Opened interface {
+	FD(file image.Ref) (int, error)
+	SegmentFD(shmem image.Ref) (int, bool)
+}
+
+const (
+	// taskSize is the end of user addresses with four levels of page tables.
+	taskSize = 0x7ffffffff000
+	// lowest is where the search for room begins: above vm.mmap_min_addr.
+	lowest = 0x100000
+	// margin keeps the service area clear of its neighbours, as a stack that
+	// grows down wants a gap below it (stack_guard_gap, 256 pages).
+	margin = 2 << 20
+
+	archMapVDSO64 = 0x2003 // ARCH_MAP_VDSO_64
+)
+
+// Hole finds room for the service area that no area of any of the images needs.
+func Hole(spaces ...*image.MM) (uint64, error) {
+	const need = tracee.ServiceSize + 2*margin
+	var used []extent
+	for _, m := range spaces {
+		for i := range m.Areas {
+			used = append(used, extent{m.Areas[i].Start, m.Areas[i].End})
+		}
+	}
+	slices.SortFunc(used, func(a, b extent) int { return cmp.Compare(a.start, b.start) })
+	last := uint64(lowest)
+	for _, e := range used {
+		if e.start > last && e.start-last >= need {
+			break
+		}
+		last = max(last, e.end)
+	}
+	if last+need > taskSize {
+		return 0, fmt.Errorf("no room of %d bytes that is free in every address space of the image", need)
+	}
+	return last + margin, nil
+}
+
+// Rebuild gives a stub the areas of an image, without their contents:
+// everything the stub has but the service area goes (the vdso too, for the
+// kernel maps a new one only then), and the areas are mapped.
+func Rebuild(s *tracee.Stub, m *image.MM, files Opened) error {
+	hole := s.Service()
+	var b tracee.Batch
+	b.Add(unix.SYS_MUNMAP, tracee.W(0), tracee.W(hole))
+	b.Add(unix.SYS_MUNMAP, tracee.W(hole+tracee.ServiceSize), tracee.W(taskSize-hole-tracee.ServiceSize))
+	if _, err := s.Run(&b); err != nil {
+		return fmt.Errorf("clear the address space: %w", err)
+	}
+	for chunk := range slices.Chunk(m.Areas, 8192) {
+		if err := mapAreas(s, chunk, files); err != nil {
+			return err
+		}
+	}
+	return layout(s, m, files)
+}
+
+func mapAreas(s *tracee.Stub, areas []image.Area, files Opened) error {
+	var b tracee.Batch
+	for i := range areas {
+		if err := mapArea(&b, &areas[i], files); err != nil {
+			return fail.On(describe(&areas[i]), err)
+		}
+	}
+	_, err := s.Run(&b)
+	if failed, ok := err.(*tracee.CallError); ok {
+		for i := range areas {
+			if areas[i].Start == failed.Args[0] || areas[i].Kind == image.AreaVDSO && failed.Nr == unix.SYS_ARCH_PRCTL {
+				return fail.On(describe(&areas[i]), fmt.Errorf("cannot be mapped again: %w", failed))
+			}
+		}
+	}
+	return err
+}
+
+func describe(a *image.Area) string {
+	return fmt.Sprintf("memory at %x-%x %s", a.Start, a.End, a.Name)
+}
+
+// mapArea adds the calls that map one area. Private ones are writable until
+// their contents are in (Protect gives them their own protection).
+func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
+	flags, fd, prot := uint64(unix.MAP_FIXED_NOREPLACE), ^uint64(0), uint64(a.Prot)
+	if a.Shared {
+		flags |= unix.MAP_SHARED
+	} else {
+		flags |= unix.MAP_PRIVATE
+		prot |= unix.PROT_WRITE | unix.PROT_READ
+	}
+	switch a.Kind {
+	case image.AreaVDSO:
+		b.Add(unix.SYS_ARCH_PRCTL, tracee.W(archMapVDSO64), tracee.W(a.Start))
+		b.Calls[len(b.Calls)-1].Tolerate = true // it returns the vdso's size
+		return nil
+	case image.AreaAnon:
+		flags |= unix.MAP_ANONYMOUS
+	case image.AreaFile:
+		n, err := files.FD(a.File)
+		if err != nil {
+			return err
+		}
+		fd = uint64(n)
+	case image.AreaShmem:
+		n, ok := files.SegmentFD(a.File)
+		if !ok {
+			return fmt.Errorf("shared memory object %d is missing", a.File)
+		}
+		fd = uint64(n)
+	default:
+		return fail.Refuse("", "an area of kind "+a.Kind+" is not known to this version", "restore with a newer ocickpt")
+	}
+	for _, f := range a.Flags {
+		flags |= mapFlag[f]
+	}
+	b.Add(unix.SYS_MMAP, tracee.W(a.Start), tracee.W(a.End-a.Start), tracee.W(prot), tracee.W(flags), tracee.W(fd), tracee.W(a.Offset))
+	return nil
+}
+
+// mapFlag and advice give the VmFlags of smaps back the way they came.
+var (
+	mapFlag = map[string]uint64{"gd": unix.MAP_GROWSDOWN, "nr": unix.MAP_NORESERVE}
+	advice  = map[string]int{
+		"sr": unix.MADV_SEQUENTIAL, "rr": unix.MADV_RANDOM, "dc": unix.MADV_DONTFORK, "wf": unix.MADV_WIPEONFORK,
+		"dd": unix.MADV_DONTDUMP, "hg": unix.MADV_HUGEPAGE, "nh": unix.MADV_NOHUGEPAGE, "mg": unix.MADV_MERGEABLE,
+	}
+)
+
+// layout tells the kernel where code, heap, stack and arguments lie, and what
+// /proc/PID/exe, auxv, cmdline and environ are to show (prctl(2) PR_SET_MM_MAP).
+func layout(s *tracee.Stub, m *image.MM, files Opened) error {
+	exe, err := files.FD(m.Exe)
+	if err != nil {
+		return fmt.Errorf("executable: %w", err)
+	}
+	var b tracee.Batch
+	auxv := b.Put(m.Auxv)
+	var head []byte
+	for _, v := range m.Layout {
+		head = binary.LittleEndian.AppendUint64(head, v)
+	}
+	tail := binary.LittleEndian.AppendUint32(nil, uint32(len(m.Auxv)))
+	tail = binary.LittleEndian.AppendUint32(tail, uint32(exe))
+	at := b.PutPointer(head, auxv, tail...)
+	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_MM), tracee.W(unix.PR_SET_MM_MAP), at, tracee.W(len(head)+8+len(tail)))
+	if _, err := s.Run(&b); err != nil {
+		return fmt.Errorf("layout of the address space: %w", err)
+	}
+	return checkVDSO(s, m)
+}
+
+// checkVDSO makes sure that the kernel put the vdso where the program's libc
+// will call it: the address is only a hint.
+func checkVDSO(s *tracee.Stub, m *image.MM) error {
+	i := slices.IndexFunc(m.Areas, func(a image.Area) bool { return a.Kind == image.AreaVDSO })
+	if i < 0 {
+		return nil
+	}
+	maps, err := readMappings(s.Pid)
+	if err != nil {
+		return err
+	}
+	have := image.Area{}
+	for j := range maps {
+		if maps[j].name == "[vdso]" {
+			have.End = maps[j].end
+		}
+		if maps[j].name == "[vvar]" {
+			have.Start = maps[j].start
+		}
+	}
+	if want := &m.Areas[i]; have.Start != want.Start || have.End != want.End {
+		return fail.Refuse(describe(want), fmt.Sprintf("this kernel's vdso takes %x-%x", have.Start, have.End), "restore on the kernel version of the checkpoint")
+	}
+	return nil
+}
+
+// Protect adds the calls that give areas their own protection and advice, once
+// their contents are in.
+func Protect(b *tracee.Batch, m *image.MM) {
+	for i := range m.Areas {
+		a := &m.Areas[i]
+		if a.Kind == image.AreaVDSO {
+			continue
+		}
+		at, size := tracee.W(a.Start), tracee.W(a.End-a.Start)
+		if !a.Shared && a.Prot&(unix.PROT_READ|unix.PROT_WRITE) != unix.PROT_READ|unix.PROT_WRITE {
+			b.Add(unix.SYS_MPROTECT, at, size, tracee.W(a.Prot))
+		}
+		for _, f := range a.Flags {
+			if adv, ok := advice[f]; ok {
+				b.Add(unix.SYS_MADVISE, at, size, tracee.W(adv))
+			}
+			if f == "lo" {
+				b.Try(unix.SYS_MLOCK, at, size) // over the limit it faults in later
+			}
+		}
+	}
+}
+
+// Filler puts page contents into address spaces and shared memory as they come
+// in from the stream.
+type Filler struct {
+	pids   map[image.Ref]int
+	shared map[image.Ref]Writer
+}
+
+// Writer is where the pages of shared memory go.
+type Writer interface {
+	WriteAt(b []byte, off int64) (int, error)
+}
+
+// NewFiller returns a Filler for no object yet.
+func NewFiller() *Filler { return &Filler{pids: map[image.Ref]int{}, shared: map[image.Ref]Writer{}} }
+
+// Space makes pages of address space ref go to process pid.
+func (f *Filler) Space(ref image.Ref, pid int) { f.pids[ref] = pid }
+
+// Segment makes pages of shared memory ref go to w.
+func (f *Filler) Segment(ref image.Ref, w Writer) { f.shared[ref] = w }
+
+// Fill writes one record of pages.
+func (f *Filler) Fill(c *image.Content) error {
+	raw := c.Raw
+	for _, r := range c.Runs {
+		size := int(r.Count) * PageSize
+		if r.Zero {
+			if err := f.zero(c.Ref, r.Addr, size); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := f.write(c.Ref, r.Addr, raw[:size]); err != nil {
+			return err
+		}
+		raw = raw[size:]
+	}
+	return nil
+}
+
+func (f *Filler) zero(ref image.Ref, addr uint64, size int) error {
+	for size > 0 {
+		n := min(size, len(zeros))
+		if err := f.write(ref, addr, zeros[:n]); err != nil {
+			return err
+		}
+		addr, size = addr+uint64(n), size-n
+	}
+	return nil
+}
+
+var zeros [64 << 10]byte
+
+func (f *Filler) write(ref image.Ref, addr uint64, b []byte) error {
+	if w := f.shared[ref]; w != nil {
+		_, err := w.WriteAt(b, int64(addr))
+		return err
+	}
+	pid, ok := f.pids[ref]
+	if !ok {
+		return fmt.Errorf("pages for object %d, which has no memory", ref)
+	}
+	return tracee.WriteMemory(pid, addr, b)
+}

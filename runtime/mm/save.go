@@ -1,0 +1,168 @@
+package mm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// chunkSize is how many bytes of pages go into one record: large enough that a
+// system call costs nothing beside the copying, small enough to stay in the
+// second-level cache between the read and the write.
+const chunkSize = 1 << 20
+
+// maxRuns bounds the head of a record when pages are scattered.
+const maxRuns = 4096
+
+var zeroPage [PageSize]byte
+
+// Saver gathers pages into records of the contents section, for one object at
+// a time. Its memory is one chunk, whatever the container's size.
+type Saver struct {
+	w    *image.Writer
+	ref  image.Ref
+	runs []image.Run
+	buf  []byte
+	used int
+	// Progress, if set, is called after each record with the bytes written.
+	Progress func(bytes int) error
+}
+
+// NewSaver returns a Saver that writes to w.
+func NewSaver(w *image.Writer) *Saver {
+	return &Saver{w: w, buf: make([]byte, chunkSize)}
+}
+
+// For makes the pages that follow belong to object ref.
+func (s *Saver) For(ref image.Ref) *Saver {
+	s.ref = ref
+	return s
+}
+
+// add saves the pages of an extent, which read copies. Pages of zeros are left
+// out, or noted as such where keepZero says that something lies under them.
+func (s *Saver) add(e extent, keepZero bool, read func(addr uint64, b []byte) error) error {
+	for at := e.start; at < e.end; {
+		n := min(e.end-at, uint64(len(s.buf)-s.used))
+		b := s.buf[s.used : s.used+int(n)]
+		if err := read(at, b); err != nil {
+			return err
+		}
+		s.keep(at, b, keepZero)
+		at += n
+		if s.used == len(s.buf) || len(s.runs) >= maxRuns {
+			if err := s.flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// keep takes the pages of b, which stands at the end of what is used, into
+// runs, closing the gaps that pages of zeros leave.
+func (s *Saver) keep(at uint64, b []byte, keepZero bool) {
+	for off := 0; off < len(b); off += PageSize {
+		page := b[off : off+PageSize]
+		zero := bytes.Equal(page, zeroPage[:])
+		if zero && !keepZero {
+			continue
+		}
+		s.run(at+uint64(off), zero)
+		if zero {
+			continue
+		}
+		if dst := s.buf[s.used : s.used+PageSize]; &dst[0] != &page[0] {
+			copy(dst, page)
+		}
+		s.used += PageSize
+	}
+}
+
+// run appends a page to the last run, or begins another.
+func (s *Saver) run(addr uint64, zero bool) {
+	if n := len(s.runs); n > 0 {
+		last := &s.runs[n-1]
+		if last.Zero == zero && last.Addr+uint64(last.Count)*PageSize == addr {
+			last.Count++
+			return
+		}
+	}
+	s.runs = append(s.runs, image.Run{Addr: addr, Count: 1, Zero: zero})
+}
+
+func (s *Saver) flush() error {
+	if len(s.runs) == 0 {
+		return nil
+	}
+	if err := s.w.Pages(s.ref, s.runs, s.buf[:s.used]); err != nil {
+		return err
+	}
+	if s.Progress != nil {
+		if err := s.Progress(s.used); err != nil {
+			return err
+		}
+	}
+	s.runs, s.used = s.runs[:0], 0
+	return nil
+}
+
+// Save writes the pages of the address space that are its own.
+func (s *Space) Save(out *Saver) error {
+	pm, err := openPagemap(s.Pid)
+	if err != nil {
+		return err
+	}
+	defer pm.Close()
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", s.Pid))
+	if err != nil {
+		return gone(s.Pid, err)
+	}
+	defer mem.Close()
+	for _, src := range s.pages {
+		a := &s.Record.Areas[src.area]
+		read := func(addr uint64, b []byte) error {
+			if src.readable {
+				err := tracee.ReadMemory(s.Pid, addr, b)
+				if !errors.Is(err, unix.EFAULT) {
+					return err
+				}
+			}
+			// /proc/PID/mem reads what the task itself may not.
+			_, err := mem.ReadAt(b, int64(addr))
+			return err
+		}
+		err := pm.own(a.Start, a.End, func(e extent) error { return out.add(e, src.file, read) })
+		if err != nil {
+			return fmt.Errorf("memory at %x-%x %s: %w", a.Start, a.End, a.Name, err)
+		}
+	}
+	return out.flush()
+}
+
+// Resident estimates the bytes that saving a process's memory takes at most:
+// what is present or swapped out and not a file's, from /proc/PID/status.
+func Resident(pid int) (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, gone(pid, err)
+	}
+	var total int64
+	for line := range bytes.Lines(b) {
+		for _, key := range []string{"RssAnon:", "RssShmem:", "VmSwap:"} {
+			var kib int64
+			if rest, ok := bytes.CutPrefix(line, []byte(key)); ok {
+				if _, err := fmt.Sscanf(string(rest), "%d", &kib); err == nil {
+					total += kib << 10
+				}
+			}
+		}
+	}
+	return total, nil
+}

@@ -1,0 +1,215 @@
+package mm
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/object"
+)
+
+// PageSize is the size of a page here.
+const PageSize = 4096
+
+// Files is what an address space needs of the room of open files: an object
+// for a file that is mapped.
+type Files interface {
+	// Mapped returns the object of the file at path inside the container,
+	// which is mapped under the name link in /proc/PID/map_files.
+	Mapped(pid int, path, link string, write bool) (*object.Object, error)
+}
+
+// Shared finds shared anonymous memory again that several address spaces map.
+// It is known by the inode of the tmpfs file behind it.
+type Shared struct {
+	segments map[inode]*Segment
+	order    []*Segment
+}
+
+type inode struct {
+	dev string
+	ino uint64
+}
+
+// NewShared returns an empty set.
+func NewShared() *Shared { return &Shared{segments: map[inode]*Segment{}} }
+
+// Segments lists what was found, in the order in which it was.
+func (s *Shared) Segments() []*Segment { return s.order }
+
+// Space is the address space of a process as Scan found it.
+type Space struct {
+	object.Object
+	Pid    int
+	Record *image.MM
+
+	files []*object.Object // by area, nil for none
+	exe   *object.Object
+	pages []source // areas whose pages must be saved
+	Brk   uint64
+}
+
+// source is an area with pages of its own.
+type source struct {
+	area     int
+	readable bool // by process_vm_readv(2), which respects PROT_NONE
+	file     bool // a file lies under it: pages of zeros count
+}
+
+// restorable are the VmFlags that a mapping is given again, with the
+// madvise(2), mmap(2) or mlock(2) that sets them.
+var restorable = []string{"gd", "lo", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr"}
+
+// refused are the VmFlags of mappings that cannot be made again.
+var refused = map[string]string{
+	"ht": "huge page (hugetlb) memory",
+	"io": "memory of a device",
+	"pf": "memory of a device",
+	"mm": "memory of a device",
+	"um": "memory registered with userfaultfd",
+	"uw": "memory registered with userfaultfd",
+	"ui": "memory registered with userfaultfd",
+	"ss": "a shadow stack",
+	"sl": "sealed memory (mseal)",
+	"dp": "memory with a protection key",
+}
+
+// Scan reads the areas of a process. It changes nothing and works on a running
+// process too, to find out early what cannot be saved.
+func Scan(pid int, files Files, shared *Shared) (*Space, error) {
+	maps, err := readMappings(pid)
+	if err != nil {
+		return nil, err
+	}
+	s := &Space{Pid: pid, Record: &image.MM{}}
+	s.Object = object.Object{Type: image.TypeMM, Record: s.Record, Complete: s.complete}
+	for i := range maps {
+		if err := s.add(&maps[i], files, shared); err != nil {
+			return nil, fail.On(fmt.Sprintf("memory at %x-%x %s", maps[i].start, maps[i].end, maps[i].name), err)
+		}
+	}
+	return s, s.readExe(files)
+}
+
+func (s *Space) add(m *mapping, files Files, shared *Shared) error {
+	switch {
+	case m.name == "[vsyscall]":
+		return nil
+	case m.name == "[vdso]" || strings.HasPrefix(m.name, "[vvar"):
+		s.addVDSO(m)
+		return nil
+	}
+	for _, f := range m.flags {
+		if why := refused[f]; why != "" && !(f == "mm" && m.inode == 0) {
+			return fail.Refuse("", why+" is not supported", "unmap it before the checkpoint")
+		}
+	}
+	a := image.Area{Start: m.start, End: m.end, Prot: protection(m.perms), Shared: m.shared(), Offset: m.offset, Name: m.name}
+	for _, f := range m.flags {
+		if slices.Contains(restorable, f) {
+			a.Flags = append(a.Flags, f)
+		}
+	}
+	under, err := s.classify(&a, m, files, shared)
+	if err != nil {
+		return err
+	}
+	if !a.Shared {
+		s.pages = append(s.pages, source{area: len(s.Record.Areas), readable: a.Prot&unix.PROT_READ != 0, file: a.Kind != image.AreaAnon})
+	}
+	s.Record.Areas = append(s.Record.Areas, a)
+	s.files = append(s.files, under)
+	return nil
+}
+
+// classify finds the area's kind and what lies under it.
+func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared) (*object.Object, error) {
+	link := fmt.Sprintf("/proc/%d/map_files/%x-%x", s.Pid, m.start, m.end)
+	switch {
+	case m.inode == 0 && !m.shared():
+		a.Kind, a.Offset = image.AreaAnon, 0
+		return nil, nil
+	case m.name == "/dev/zero"+deletedSuffix && m.shared(), strings.HasPrefix(m.name, "/memfd:"):
+		a.Kind = image.AreaShmem
+		seg, err := shared.segment(inode{m.dev, m.inode}, link, m.name)
+		if err != nil {
+			return nil, err
+		}
+		return &seg.Object, nil
+	case strings.HasPrefix(m.name, "/SYSV"):
+		return nil, fail.Refuse("", "System V shared memory is not supported yet", "")
+	case strings.HasPrefix(m.name, "anon_inode:"), strings.HasPrefix(m.name, "/[aio]"):
+		return nil, fail.Refuse("", "a mapping of "+m.name+" is not supported", "close it before the checkpoint")
+	case m.deleted():
+		return nil, fail.Refuse("", "the mapped file was deleted", "restart the task, which runs on a file that is gone")
+	case !strings.HasPrefix(m.name, "/"):
+		return nil, fail.Refuse("", "an unknown kind of mapping", "")
+	}
+	a.Kind = image.AreaFile
+	return files.Mapped(s.Pid, m.name, link, m.shared() && m.has("mw"))
+}
+
+// addVDSO joins [vvar], [vvar_vclock] and [vdso], which the kernel maps
+// together in one call, into one area.
+func (s *Space) addVDSO(m *mapping) {
+	if n := len(s.Record.Areas); n > 0 && s.Record.Areas[n-1].Kind == image.AreaVDSO && s.Record.Areas[n-1].End == m.start {
+		s.Record.Areas[n-1].End = m.end
+		return
+	}
+	s.Record.Areas = append(s.Record.Areas, image.Area{Start: m.start, End: m.end, Kind: image.AreaVDSO, Prot: protection(m.perms), Name: "[vdso]"})
+	s.files = append(s.files, nil)
+}
+
+func protection(perms string) (prot uint32) {
+	for i, p := range []uint32{unix.PROT_READ, unix.PROT_WRITE, unix.PROT_EXEC} {
+		if perms[i] != '-' {
+			prot |= p
+		}
+	}
+	return prot
+}
+
+func (s *Space) readExe(files Files) error {
+	link := fmt.Sprintf("/proc/%d/exe", s.Pid)
+	path, err := os.Readlink(link)
+	if err != nil {
+		return gone(s.Pid, err)
+	}
+	if strings.HasSuffix(path, deletedSuffix) {
+		return fail.Refuse(path, "the executable was deleted", "restart the task, which runs a program that is gone")
+	}
+	s.exe, err = files.Mapped(s.Pid, path, link, false)
+	return fail.On("executable "+path, err)
+}
+
+// Layout fields of /proc/PID/stat in the order of struct prctl_mm_map:
+// start_code, end_code, start_data, end_data, start_brk, brk, start_stack,
+// arg_start, arg_end, env_start, env_end. brk (0 here) stands nowhere in /proc.
+var layoutFields = [11]int{26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51}
+
+// Details reads what only a stopped process tells reliably: the layout of its
+// code, arguments and heap, and the auxiliary vector.
+func (s *Space) Details(field func(n int) uint64, brk uint64) (err error) {
+	for i, n := range layoutFields {
+		if n != 0 {
+			s.Record.Layout[i] = field(n)
+		} else {
+			s.Record.Layout[i] = brk
+		}
+	}
+	s.Record.Auxv, err = os.ReadFile(fmt.Sprintf("/proc/%d/auxv", s.Pid))
+	return gone(s.Pid, err)
+}
+
+// complete fills in the references once the files have theirs.
+func (s *Space) complete() {
+	for i, f := range s.files {
+		s.Record.Areas[i].File = object.RefOf(f)
+	}
+	s.Record.Exe = object.RefOf(s.exe)
+}

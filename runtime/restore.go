@@ -1,0 +1,549 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	goruntime "runtime"
+	"slices"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/cgroupfreeze"
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/fault"
+	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/forest"
+	"github.com/ocickpt/ocickpt/runtime/guardian"
+	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/task"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// RestoreOptions say what to restore, from where, and as what.
+type RestoreOptions struct {
+	Root          string // state root of the runtime
+	ID            string // of the new container
+	Bundle        string
+	Image         io.Reader
+	PidFile       string
+	SystemdCgroup bool
+	NoPivot       bool
+	NoNewKeyring  bool
+	Log           *slog.Logger
+}
+
+// restore is one journey in.
+type restore struct {
+	RestoreOptions
+	report Report
+	guard  *guardian.Guardian
+	in     *image.Reader
+	head   *image.Head
+
+	made    *made // the container, its init a stub
+	cgroup  *cgroupfreeze.Cgroup
+	service *tracee.Service
+	maker   *file.Maker
+	stubs   map[int]*tracee.Stub // by pid inside the container
+	threads map[int][]*tracee.Stub
+	filler  *mm.Filler
+	full    uint64 // the stubs' capabilities
+}
+
+// Restored is a container that has been restored and runs.
+type Restored struct {
+	Report Report
+	made   *made
+}
+
+// Restore grows a container from a stream. Until it is released, everything it
+// has made dies with this process, and the guardian takes the rest away.
+func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
+	goruntime.LockOSThread()
+	defer goruntime.UnlockOSThread()
+	begin := time.Now()
+	r := &restore{
+		RestoreOptions: o, in: image.NewReader(o.Image), filler: mm.NewFiller(),
+		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{},
+	}
+	defer r.close()
+	err := travel(ctx, []phase{
+		{"read the head", r.readHead},
+		{"create the container", r.create},
+		{"open files", r.openFiles},
+		{"grow the forest", r.grow},
+		{"rebuild tasks", r.rebuild},
+		{"fill in contents", r.fill},
+		{"finish tasks", r.finish},
+		{"settle", r.settle},
+		{"release", r.release},
+	}, &r.report)
+	if err != nil {
+		return nil, r.abandon(err)
+	}
+	r.report.Wall = time.Since(begin)
+	return &Restored{Report: r.report, made: r.made}, r.afterwards()
+}
+
+func (r *restore) close() {
+	if r.maker != nil {
+		r.maker.Close()
+	}
+	if r.service != nil {
+		_ = r.service.Close()
+	}
+}
+
+// readHead reads the metadata and checks all of it before anything is made.
+func (r *restore) readHead(context.Context) error {
+	started := make(chan error, 1)
+	go func() {
+		var err error
+		r.guard, err = guardian.Start()
+		started <- err
+	}()
+	var err error
+	r.head, err = r.in.Head()
+	if err == nil {
+		err = checkMachine(&r.head.Arch)
+	}
+	if e := <-started; err == nil {
+		err = e
+	}
+	return err
+}
+
+// checkMachine refuses an image whose registers or code this machine does not
+// understand.
+func checkMachine(a *image.Arch) error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return fmt.Errorf("uname: %w", err)
+	}
+	if m := unix.ByteSliceToString(u.Machine[:]); a.Machine != m {
+		return fail.Refuse("", fmt.Sprintf("the image is of a machine of type %s and this one is %s", a.Machine, m), "restore on a machine of its type")
+	}
+	here := machine()
+	if a.PageSize != here.PageSize {
+		return fail.Refuse("", fmt.Sprintf("the image has pages of %d bytes and this machine of %d", a.PageSize, here.PageSize), "")
+	}
+	if missing := requiredFeatures(here.Features, a.Features); len(missing) > 0 {
+		return fail.Refuse("", fmt.Sprintf("this processor lacks what the image's programs may use: %v", missing), "restore on a processor that has it")
+	}
+	return nil
+}
+
+// create makes the container with a stub as its init.
+func (r *restore) create(context.Context) (err error) {
+	if r.service, err = tracee.NewService(); err != nil {
+		return err
+	}
+	if r.made, err = createContainer(r); err != nil {
+		return err
+	}
+	if r.cgroup, err = cgroupfreeze.Open(r.made.state.CgroupPaths); err != nil {
+		return err
+	}
+	r.stubs[r.made.initPid] = r.made.stub
+	if r.full, err = task.Capabilities(r.made.stub.Pid); err != nil {
+		return err
+	}
+	return restoreLinks(r.made.stub.Pid, r.head.Container.Links)
+}
+
+// openFiles opens every file of the image in the init stub; all others inherit.
+func (r *restore) openFiles(context.Context) error {
+	var spaces []*image.MM
+	for _, t := range r.head.Tasks {
+		spaces = append(spaces, r.head.MM(t.MM))
+	}
+	hole, err := mm.Hole(spaces...)
+	if err != nil {
+		return err
+	}
+	if err := r.made.stub.AttachService(file.ServiceFD, hole); err != nil {
+		return err
+	}
+	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock)
+	if err := r.maker.Make(); err != nil {
+		return err
+	}
+	for ref, o := range r.head.Objects {
+		if _, ok := o.(*image.Shmem); ok {
+			f, err := r.maker.Segment(ref)
+			if err != nil {
+				return err
+			}
+			r.filler.Segment(ref, f)
+		}
+	}
+	return nil
+}
+
+// grow makes every process, in the order forest plans.
+func (r *restore) grow(context.Context) error {
+	plan, err := forest.Grow(r.hierarchy())
+	if err != nil {
+		return err
+	}
+	var b tracee.Batch
+	task.ChildSignals(&b, true)
+	if _, err := r.made.stub.Run(&b); err != nil {
+		return err
+	}
+	for len(plan.Steps) > 0 {
+		n := 1
+		for n < len(plan.Steps) && n < 1000 && plan.Steps[n].Pid == plan.Steps[0].Pid && plan.Steps[n-1].Op != forest.Exit {
+			n++
+		}
+		if err := r.steps(plan.Steps[:n]); err != nil {
+			return err
+		}
+		plan.Steps = plan.Steps[n:]
+	}
+	return nil
+}
+
+func (r *restore) hierarchy() (all []forest.Process, reserved []int) {
+	for i := range r.head.Tree.Processes {
+		p := &r.head.Tree.Processes[i]
+		one := forest.Process{Pid: int(p.Pid), Ppid: int(p.Ppid), Pgid: int(p.Pgid), Sid: int(p.Sid), Zombie: p.Zombie}
+		if t := r.head.Task(p.Pid); t != nil {
+			one.Subreaper = t.Subreaper
+		}
+		all = append(all, one)
+		for _, tid := range p.Threads {
+			reserved = append(reserved, int(tid))
+		}
+	}
+	return all, reserved
+}
+
+// steps makes a run of steps of one process as one batch.
+func (r *restore) steps(steps []forest.Step) error {
+	s := r.stubs[steps[0].Pid]
+	if s == nil {
+		return fmt.Errorf("step %q of a process that is not there", steps[0])
+	}
+	if steps[0].Op == forest.Exit {
+		delete(r.stubs, steps[0].Pid)
+		return s.Exit(0)
+	}
+	var b tracee.Batch
+	var children []int
+	for _, step := range steps {
+		switch step.Op {
+		case forest.Fork:
+			children = append(children, step.Child)
+			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child))
+		case forest.Setsid:
+			b.Add(unix.SYS_SETSID)
+		case forest.Setpgid:
+			b.Add(unix.SYS_SETPGID, tracee.W(0), tracee.W(step.Pgid))
+		case forest.Subreaper:
+			on := 0
+			if step.On {
+				on = 1
+			}
+			b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_CHILD_SUBREAPER), tracee.W(on))
+		case forest.Exit: // the last of the run
+			if err := r.runSteps(s, &b, children); err != nil {
+				return err
+			}
+			return r.steps([]forest.Step{step})
+		}
+	}
+	return r.runSteps(s, &b, children)
+}
+
+func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, children []int) error {
+	cloned, err := s.Run(b)
+	if err != nil {
+		if errors.Is(err, unix.EEXIST) {
+			err = fmt.Errorf("%w (a pid of the image is taken: is something else in the container's pid namespace?)", err)
+		}
+		return err
+	}
+	if len(cloned) != len(children) {
+		return fmt.Errorf("task %d made %d children instead of %d", s.Pid, len(cloned), len(children))
+	}
+	for i, host := range cloned {
+		if r.stubs[children[i]], err = s.NewChild(host, host); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *restore) exitSignal(pid int) int32 {
+	if t := r.head.Task(int32(pid)); t != nil && t.ExitSignal > 0 {
+		return t.ExitSignal
+	}
+	return int32(unix.SIGCHLD)
+}
+
+// each calls f for every live task, with its stub.
+func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub) error) error {
+	for _, t := range r.head.Tasks {
+		err := ctx.Err()
+		if err == nil {
+			err = fault.Point("restore.task")
+		}
+		if err == nil {
+			err = f(t, r.stubs[int(t.Pid)])
+		}
+		if err != nil {
+			return fail.In(fmt.Sprintf("task %d (%s)", t.Pid, strconv.QuoteToGraphic(string(t.Threads[0].Comm))), err)
+		}
+	}
+	return nil
+}
+
+// rebuild gives every task its address space, still empty, its descriptors and
+// its place in the file system.
+func (r *restore) rebuild(ctx context.Context) error {
+	return r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
+		if err := mm.Rebuild(s, r.head.MM(t.MM), r.maker); err != nil {
+			return err
+		}
+		r.filler.Space(t.MM, s.Pid)
+		if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
+			return err
+		}
+		var b tracee.Batch
+		file.RestoreFS(&b, r.head.FS(t.FS))
+		_, err := s.Run(&b)
+		return err
+	})
+}
+
+// readAhead is how many records the reader may be ahead of the writer.
+const readAhead = 2
+
+// fill puts the contents in as they come. Reading and checking the stream goes
+// on while the pages before are copied.
+func (r *restore) fill(ctx context.Context) error {
+	type next struct {
+		content *image.Content
+		err     error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream := make(chan next, readAhead)
+	go func() {
+		defer close(stream)
+		for {
+			c, err := r.in.Next()
+			select {
+			case stream <- next{c, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case n := <-stream:
+			if errors.Is(n.err, io.EOF) {
+				return nil
+			}
+			if n.err != nil {
+				return n.err
+			}
+			if err := r.put(n.content); err != nil {
+				return err
+			}
+			n.content.Release()
+		}
+	}
+}
+
+func (r *restore) put(c *image.Content) error {
+	if err := fault.Point("restore.chunk"); err != nil {
+		return err
+	}
+	if c.Type == image.TypeBytes {
+		return r.maker.Fill(c.Ref, c.Raw)
+	}
+	return r.filler.Fill(c)
+}
+
+// finish gives every task what must wait for its memory: threads, credentials,
+// signals, timers, and at the very end the registers to be released with.
+func (r *restore) finish(ctx context.Context) error {
+	if err := r.endZombies(); err != nil {
+		return err
+	}
+	return r.each(ctx, r.finishTask)
+}
+
+func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
+	hand := r.head.Sighand(t.Sighand)
+	var b tracee.Batch
+	mm.Protect(&b, r.head.MM(t.MM))
+	r.maker.CloseTable(&b)
+	task.RestoreProcess(&b, t, hand)
+	for i := range t.Threads[1:] {
+		task.CloneThread(&b, t.Threads[1+i].Tid)
+	}
+	cloned, err := s.Run(&b)
+	if err != nil {
+		return err
+	}
+	threads := []*tracee.Stub{s}
+	for _, tid := range cloned {
+		child, err := s.NewChild(s.Pid, tid)
+		if err != nil {
+			return err
+		}
+		threads = append(threads, child)
+	}
+	if len(threads) != len(t.Threads) {
+		return fmt.Errorf("%d threads came to be instead of %d", len(threads), len(t.Threads))
+	}
+	r.threads[int(t.Pid)] = threads
+	for i := len(threads) - 1; i >= 0; i-- { // the leader last
+		if err := r.finishThread(t, i, threads[i], hand); err != nil {
+			return fail.On(fmt.Sprintf("thread %d", t.Threads[i].Tid), err)
+		}
+	}
+	if err := task.RestoreOOMScore(s.Pid, t.OOMScoreAdj); err != nil {
+		r.Log.Warn("oom_score_adj not restored", "pid", t.Pid, "value", t.OOMScoreAdj, "error", err)
+	}
+	return task.RestoreLimits(s.Pid, t.Rlimits)
+}
+
+func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image.Sighand) error {
+	rec := &t.Threads[i]
+	var b tracee.Batch
+	task.RestoreThread(&b, rec, r.full, r.made.filters)
+	if i == 0 {
+		task.RestoreLast(&b, t)
+	}
+	task.RestoreThreadLast(&b, t.Pid, rec)
+	if _, err := s.Run(&b); err != nil {
+		return err
+	}
+	regs, err := tracee.DecodeRegs(rec.Regs)
+	if err != nil {
+		return err
+	}
+	if regs, err = task.RestoreRestart(s, rec.Restart, regs); err != nil {
+		return err
+	}
+	if i == 0 {
+		if err := task.RestoreTrap(s, hand); err != nil {
+			return err
+		}
+	}
+	return task.RestoreRegisters(s, rec, regs)
+}
+
+// endZombies lets those exit whose parents have not reaped them yet. From then
+// on children are no longer reaped by themselves.
+func (r *restore) endZombies() error {
+	for i := range r.head.Tree.Processes {
+		p := &r.head.Tree.Processes[i]
+		if !p.Zombie {
+			continue
+		}
+		var parent, own tracee.Batch
+		task.ChildSignals(&parent, false)
+		if _, err := r.stubs[int(p.Ppid)].Run(&parent); err != nil {
+			return err
+		}
+		own.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), own.String(string(p.Comm)))
+		z := r.stubs[int(p.Pid)]
+		if _, err := z.Run(&own); err != nil {
+			return err
+		}
+		delete(r.stubs, int(p.Pid))
+		if err := z.Exit(unix.WaitStatus(p.Status)); err != nil {
+			return fail.In(fmt.Sprintf("task %d (zombie)", p.Pid), err)
+		}
+	}
+	return nil
+}
+
+// settle makes the container an ordinary one for its runtime: the state file
+// gets the true configuration, the cgroup its limits.
+func (r *restore) settle(context.Context) error {
+	if err := r.made.lib.Set(r.made.config); err != nil {
+		return fmt.Errorf("resource limits: %w", err)
+	}
+	if r.PidFile == "" {
+		return nil
+	}
+	return writePidFile(r.PidFile, r.made.stub.Pid)
+}
+
+// release lets everything go in one act: detached while the cgroup is frozen,
+// all tasks begin with the thaw. The thaw is the commit.
+func (r *restore) release(ctx context.Context) error {
+	if err := r.cgroup.Freeze(ctx); err != nil {
+		return err
+	}
+	if err := fault.Point("restore.detach"); err != nil {
+		return err
+	}
+	for _, pid := range slices.Sorted(keys(r.threads)) {
+		for _, s := range r.threads[pid] {
+			if err := s.Detach(0); err != nil {
+				return err
+			}
+		}
+	}
+	if err := fault.Point("restore.thaw"); err != nil {
+		return err
+	}
+	return r.cgroup.Thaw(ctx)
+}
+
+func keys[K comparable, V any](m map[K]V) func(func(K) bool) {
+	return func(yield func(K) bool) {
+		for k := range m {
+			if !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+// afterwards runs what comes after the start of a container.
+func (r *restore) afterwards() error {
+	err := r.guard.Dismiss()
+	return errors.Join(err, r.made.poststart())
+}
+
+// abandon takes away everything that was made.
+func (r *restore) abandon(err error) error {
+	if r.made != nil {
+		err = join(err, r.made.destroy())
+	}
+	if r.guard != nil {
+		err = join(err, r.guard.Rollback())
+		err = join(err, r.guard.Dismiss())
+	}
+	return err
+}
+
+// writePidFile writes a pid the way runc does: beside, then renamed.
+func writePidFile(path string, pid int) error {
+	beside := path + ".ocickpt"
+	if err := os.WriteFile(beside, []byte(strconv.Itoa(pid)), 0o644); err != nil {
+		return fmt.Errorf("pid file: %w", err)
+	}
+	return os.Rename(beside, path)
+}

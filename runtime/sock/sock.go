@@ -1,0 +1,229 @@
+// Package sock holds sockets: one file a family, both directions.
+package sock
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// Inside says where sockets live: what only the container's own namespaces tell.
+type Inside struct {
+	NetNS string // path of the network namespace, /proc/PID/ns/net
+	// Lstat looks at a path as the container's root sees it.
+	Lstat func(path string) (*unix.Stat_t, error)
+}
+
+// family is one address family, both directions.
+type family struct {
+	// read fills in the record of a socket that is open here as fd.
+	read func(in *Inside, fd int, inode uint64, s *image.Socket) error
+	// options are the socket options to read and set again.
+	options []option
+	// prepare adds calls between socket(2) and bind(2), settle those after.
+	prepare func(b *tracee.Batch, fd int, s *image.Socket)
+	settle  func(b *tracee.Batch, fd int, s *image.Socket)
+}
+
+func familyOf(domain int) *family {
+	switch domain {
+	case unix.AF_INET, unix.AF_INET6:
+		return &inet
+	case unix.AF_UNIX:
+		return &local
+	}
+	return nil
+}
+
+// option is a socket option of size bytes that is set the way it is read.
+type option struct{ level, name, size int }
+
+// generic are the options that every family has.
+var generic = []option{
+	{unix.SOL_SOCKET, unix.SO_REUSEADDR, 4},
+	{unix.SOL_SOCKET, unix.SO_REUSEPORT, 4},
+	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 4},
+	{unix.SOL_SOCKET, unix.SO_OOBINLINE, 4},
+	{unix.SOL_SOCKET, unix.SO_BROADCAST, 4},
+	{unix.SOL_SOCKET, unix.SO_LINGER, 8},
+	{unix.SOL_SOCKET, unix.SO_PASSCRED, 4},
+	{unix.SOL_SOCKET, unix.SO_PRIORITY, 4},
+	{unix.SOL_SOCKET, unix.SO_RCVLOWAT, 4},
+	{unix.SOL_SOCKET, unix.SO_MARK, 4},
+	{unix.SOL_SOCKET, unix.SO_TIMESTAMP, 4},
+	{unix.SOL_SOCKET, unix.SO_RCVTIMEO, 16},
+	{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16},
+}
+
+func number(fd, level, name int) (int, error) {
+	v, err := unix.GetsockoptInt(fd, level, name)
+	if err != nil {
+		return 0, fmt.Errorf("getsockopt %d/%d: %w", level, name, err)
+	}
+	return v, nil
+}
+
+// Read describes the socket that f is. Sockets with a peer or with data on the
+// way are refused: they come with a later version.
+func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
+	fd := int(f.Fd())
+	s := &image.Socket{}
+	for name, to := range map[int]*int32{unix.SO_DOMAIN: &s.Family, unix.SO_TYPE: &s.Type, unix.SO_PROTOCOL: &s.Protocol} {
+		v, err := number(fd, unix.SOL_SOCKET, name)
+		if err != nil {
+			return nil, err
+		}
+		*to = int32(v)
+	}
+	fam := familyOf(int(s.Family))
+	if fam == nil {
+		return nil, fail.Refuse("", fmt.Sprintf("sockets of family %d are not supported yet", s.Family), "close it before the checkpoint")
+	}
+	if v, err := number(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err == nil {
+		s.Listening = v != 0
+	}
+	if err := unconnected(fd); err != nil {
+		return nil, err
+	}
+	var err error
+	if s.Address, err = boundAddress(fd); err != nil {
+		return nil, err
+	}
+	if err := readOptions(fd, fam, s); err != nil {
+		return nil, err
+	}
+	return s, fam.read(in, fd, inode, s)
+}
+
+func unconnected(fd int) error {
+	peer, err := unix.Getpeername(fd)
+	if errors.Is(err, unix.ENOTCONN) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("getpeername: %w", err)
+	}
+	return fail.Refuse("", "it is connected to "+describe(peer)+"; connected sockets are not supported yet", "close the connection before the checkpoint")
+}
+
+func describe(a unix.Sockaddr) string {
+	switch a := a.(type) {
+	case *unix.SockaddrInet4:
+		return fmt.Sprintf("%d.%d.%d.%d:%d", a.Addr[0], a.Addr[1], a.Addr[2], a.Addr[3], a.Port)
+	case *unix.SockaddrInet6:
+		return fmt.Sprintf("[%x]:%d", a.Addr, a.Port)
+	case *unix.SockaddrUnix:
+		if a.Name == "" {
+			return "an unnamed unix socket"
+		}
+		return "unix:" + a.Name
+	}
+	return "a peer"
+}
+
+// boundAddress is the raw struct sockaddr of getsockname(2): abstract names
+// may hold any byte.
+func boundAddress(fd int) ([]byte, error) {
+	buf := make([]byte, 128)
+	n := uint32(len(buf))
+	_, _, errno := unix.Syscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&n)))
+	if errno != 0 {
+		return nil, fmt.Errorf("getsockname: %w", errno)
+	}
+	return buf[:min(n, uint32(len(buf)))], nil
+}
+
+func readOptions(fd int, fam *family, s *image.Socket) error {
+	for _, list := range [][]option{generic, fam.options} {
+		for _, o := range list {
+			value := make([]byte, o.size)
+			n := uint32(o.size)
+			_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(o.level), uintptr(o.name),
+				uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&n)), 0)
+			if errno == unix.ENOPROTOOPT || errno == unix.EOPNOTSUPP {
+				continue
+			}
+			if errno != 0 {
+				return fmt.Errorf("getsockopt %d/%d: %w", o.level, o.name, errno)
+			}
+			s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value[:n]})
+		}
+	}
+	return readBuffers(fd, s)
+}
+
+const soBufLock = 72 // SO_BUF_LOCK, Linux 5.15
+
+// readBuffers records buffer sizes that the program has set itself; the others
+// follow the system's rules wherever the container runs. The kernel doubles
+// what it is given.
+func readBuffers(fd int, s *image.Socket) error {
+	locked, err := number(fd, unix.SOL_SOCKET, soBufLock)
+	if err != nil {
+		return nil // before 5.15: as the system sizes them
+	}
+	for bit, pair := range map[int][2]int{1: {unix.SO_SNDBUF, unix.SO_SNDBUFFORCE}, 2: {unix.SO_RCVBUF, unix.SO_RCVBUFFORCE}} {
+		if locked&bit == 0 {
+			continue
+		}
+		size, err := number(fd, unix.SOL_SOCKET, pair[0])
+		if err != nil {
+			return err
+		}
+		value := make([]byte, 4)
+		put32(value, uint32(size/2))
+		s.Options = append(s.Options, image.SocketOpt{Level: unix.SOL_SOCKET, Name: int32(pair[1]), Value: value})
+	}
+	return nil
+}
+
+func put32(b []byte, v uint32) { *(*uint32)(unsafe.Pointer(&b[0])) = v }
+
+// Open adds the call that makes the socket.
+func Open(b *tracee.Batch, s *image.Socket) (int, error) {
+	if familyOf(int(s.Family)) == nil {
+		return 0, fail.Refuse("", fmt.Sprintf("sockets of family %d are not supported", s.Family), "restore with a newer ocickpt")
+	}
+	return b.Add(unix.SYS_SOCKET, tracee.W(s.Family), tracee.W(s.Type|unix.SOCK_CLOEXEC), tracee.W(s.Protocol)), nil
+}
+
+// Finish adds the calls that give it its options, address and backlog.
+func Finish(b *tracee.Batch, fd int, s *image.Socket) {
+	fam := familyOf(int(s.Family))
+	for _, o := range s.Options {
+		setOption(b, fd, int(o.Level), int(o.Name), o.Value)
+	}
+	if fam.prepare != nil {
+		fam.prepare(b, fd, s)
+	}
+	if bound(s) {
+		b.Add(unix.SYS_BIND, tracee.W(fd), b.Put(s.Address), tracee.W(len(s.Address)))
+	}
+	if s.Listening {
+		b.Add(unix.SYS_LISTEN, tracee.W(fd), tracee.W(s.Backlog))
+	}
+	if fam.settle != nil {
+		fam.settle(b, fd, s)
+	}
+}
+
+func setOption(b *tracee.Batch, fd, level, name int, value []byte) {
+	b.Add(unix.SYS_SETSOCKOPT, tracee.W(fd), tracee.W(level), tracee.W(name), b.Put(value), tracee.W(len(value)))
+}
+
+// bound reports whether the socket has an address of its own: a port, or a
+// unix name.
+func bound(s *image.Socket) bool {
+	switch s.Family {
+	case unix.AF_INET, unix.AF_INET6:
+		return len(s.Address) >= 4 && (s.Address[2] != 0 || s.Address[3] != 0)
+	}
+	return len(s.Address) > 2
+}

@@ -1,0 +1,142 @@
+package task
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+// dumpableByKernel is SUID_DUMP_ROOT: only the kernel sets it, when credentials
+// change; prctl(2) refuses it.
+const dumpableByKernel = 2
+
+// RestoreProcess adds the calls that give a stub what its process owns, but
+// for what must wait: limits, timers and pending signals.
+func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
+	restoreActions(b, h)
+	if t.Subreaper {
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_CHILD_SUBREAPER), tracee.W(1))
+	}
+	if t.THPDisable {
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_THP_DISABLE), tracee.W(1))
+	}
+	if t.Personality != 0 {
+		b.Add(unix.SYS_PERSONALITY, tracee.W(t.Personality))
+	}
+}
+
+// RestoreThread adds the calls that give a stub what its thread owns. Memory
+// must be in place, for registering a restartable sequence writes to it. full
+// is the set of capabilities the stub holds, installed are the seccomp filters
+// that it has already.
+func RestoreThread(b *tracee.Batch, t *image.Thread, full uint64, installed [][]byte) {
+	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), b.String(string(t.Comm)))
+	b.Try(unix.SYS_SET_TID_ADDRESS, tracee.W(t.TidAddress)) // returns the tid
+	if t.RobustHead != 0 {
+		b.Add(unix.SYS_SET_ROBUST_LIST, tracee.W(t.RobustHead), tracee.W(t.RobustLen))
+	}
+	if r := t.Rseq; r != nil {
+		b.Add(unix.SYS_RSEQ, tracee.W(r.Addr), tracee.W(r.Size), tracee.W(0), tracee.W(r.Sig))
+	}
+	restoreAltStack(b, t.AltStack)
+	restoreScheduling(b, t)
+	if t.TimerSlack != 0 {
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_TIMERSLACK), tracee.W(t.TimerSlack))
+	}
+	restoreSeccomp(b, t.Seccomp, installed)
+	restoreCredentials(b, &t.Creds, full)
+	if t.PDeathSig != 0 { // a change of credentials clears it
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_PDEATHSIG), tracee.W(t.PDeathSig))
+	}
+}
+
+// RestoreLast adds the calls that come when every thread of the process stands:
+// what runs by itself, and what a change of credentials resets.
+func RestoreLast(b *tracee.Batch, t *image.Task) {
+	if t.Dumpable != dumpableByKernel {
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(t.Dumpable))
+	}
+	restoreTimers(b, t.Timers)
+	restoreITimers(b, t.ITimers)
+	restorePending(b, t.Pid, t.Pid, t.Pending, true)
+}
+
+// RestoreThreadLast adds the calls that come last in a thread.
+func RestoreThreadLast(b *tracee.Batch, pid int32, t *image.Thread) {
+	restorePending(b, pid, t.Tid, t.Pending, false)
+}
+
+// RestoreTrap gives a stub's process its own action for SIGTRAP and unmaps the
+// service area: the last two calls of a process, after which no batch can run.
+func RestoreTrap(s *tracee.Stub, h *image.Sighand) error {
+	if err := s.Write(s.Scratch(), trapAction(h)); err != nil {
+		return err
+	}
+	if _, err := s.Step(unix.SYS_RT_SIGACTION, uint64(unix.SIGTRAP), s.Scratch(), 0, sigsetSize); err != nil {
+		return fmt.Errorf("action of SIGTRAP: %w", err)
+	}
+	if _, err := s.Step(unix.SYS_MUNMAP, s.Service(), tracee.ServiceSize); err != nil {
+		return fmt.Errorf("unmap the service area: %w", err)
+	}
+	return nil
+}
+
+// RestoreRegisters gives a stub's thread its cpu state and signal mask, with
+// which it is to be released.
+func RestoreRegisters(s *tracee.Stub, t *image.Thread, r tracee.Regs) error {
+	if err := s.SetRegs(r); err != nil {
+		return err
+	}
+	if err := s.SetXState(t.XState); err != nil {
+		return fmt.Errorf("extended cpu state of %d bytes: %w", len(t.XState), err)
+	}
+	return s.SetSigMask(t.SigMask)
+}
+
+// RestoreOOMScore sets oom_score_adj. Lowering it takes CAP_SYS_RESOURCE.
+func RestoreOOMScore(pid int, adj int32) error {
+	if now, err := procNumber(pid, "oom_score_adj", 10); err == nil && int32(now) == adj {
+		return nil
+	}
+	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(strconv.Itoa(int(adj))), 0)
+}
+
+// robustList asks where a thread's list of robust futexes starts
+// (get_robust_list(2)).
+func robustList(tid int) (head, size uint64, err error) {
+	_, _, e := unix.Syscall(unix.SYS_GET_ROBUST_LIST, uintptr(tid), uintptr(unsafe.Pointer(&head)), uintptr(unsafe.Pointer(&size)))
+	if e != 0 {
+		return 0, 0, fmt.Errorf("get_robust_list: %w", e)
+	}
+	return head, size, nil
+}
+
+// CloneThread adds the clone3(2) of a further thread with a given id.
+func CloneThread(b *tracee.Batch, tid int32) {
+	clone(b, unix.CLONE_VM|unix.CLONE_FS|unix.CLONE_FILES|unix.CLONE_SIGHAND|unix.CLONE_THREAD|unix.CLONE_SYSVSEM, 0, tid)
+}
+
+// CloneProcess adds the clone3(2) of a child with a given pid.
+func CloneProcess(b *tracee.Batch, pid, exitSignal int32) {
+	clone(b, 0, uint64(exitSignal), pid)
+}
+
+const cloneArgsSize = 88 // struct clone_args, version 2
+
+func clone(b *tracee.Batch, flags, exitSignal uint64, tid int32) {
+	setTid := b.Put(binary.LittleEndian.AppendUint32(nil, uint32(tid)))
+	args := make([]byte, 64)
+	binary.LittleEndian.PutUint64(args, flags)
+	binary.LittleEndian.PutUint64(args[32:], exitSignal)
+	tail := make([]byte, 16)
+	tail[0] = 1 // set_tid_size
+	at := b.PutPointer(args, setTid, tail...)
+	b.Add(unix.SYS_CLONE3, at, tracee.W(cloneArgsSize))
+}

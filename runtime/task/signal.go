@@ -1,0 +1,139 @@
+package task
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+const (
+	signals       = 64 // _NSIG
+	sigactionSize = 32 // the kernel's: handler, flags, restorer, mask
+	sigsetSize    = 8
+	sigDfl        = 0
+	sigIgn        = 1
+)
+
+// settable reports whether a signal has an action that a process may set.
+func settable(sig int) bool {
+	return sig != int(unix.SIGKILL) && sig != int(unix.SIGSTOP)
+}
+
+// askActions adds the calls that read every signal action, and returns what
+// makes a record of their results.
+func askActions(b *tracee.Batch) func() *image.Sighand {
+	table := b.Reserve(sigactionSize * (signals + 1))
+	for sig := 1; sig <= signals; sig++ {
+		if settable(sig) {
+			b.Add(unix.SYS_RT_SIGACTION, tracee.W(sig), tracee.W(0), table.Plus(sigactionSize*sig), tracee.W(sigsetSize))
+		}
+	}
+	return func() *image.Sighand {
+		h := &image.Sighand{}
+		raw := b.At(table, sigactionSize*(signals+1))
+		for sig := 1; sig <= signals; sig++ {
+			a := decodeAction(int32(sig), raw[sigactionSize*sig:])
+			if a != (image.SigAction{Signal: int32(sig)}) {
+				h.Actions = append(h.Actions, a)
+			}
+		}
+		return h
+	}
+}
+
+func decodeAction(sig int32, b []byte) image.SigAction {
+	le := binary.LittleEndian
+	return image.SigAction{
+		Signal: sig, Handler: le.Uint64(b), Flags: le.Uint64(b[8:]),
+		Restorer: le.Uint64(b[16:]), Mask: le.Uint64(b[24:]),
+	}
+}
+
+func encodeAction(a image.SigAction) []byte {
+	var b []byte
+	for _, v := range []uint64{a.Handler, a.Flags, a.Restorer, a.Mask} {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
+// trapAction is the action for SIGTRAP, which a stub needs for itself until
+// its very last calls.
+func trapAction(h *image.Sighand) []byte {
+	for _, a := range h.Actions {
+		if a.Signal == int32(unix.SIGTRAP) {
+			return encodeAction(a)
+		}
+	}
+	return encodeAction(image.SigAction{})
+}
+
+// restoreActions adds the calls that set every signal action but SIGTRAP's.
+// Stubs grow with SIGCHLD ignored (so that ghosts need no reaping), and a
+// zombie made since has left a SIGCHLD pending that the real process has long
+// seen: ignoring a signal drops it from the queues, then the real action comes.
+func restoreActions(b *tracee.Batch, h *image.Sighand) {
+	b.Add(unix.SYS_RT_SIGACTION, tracee.W(unix.SIGCHLD), b.Put(encodeAction(image.SigAction{Handler: sigIgn})), tracee.W(0), tracee.W(sigsetSize))
+	actions := map[int32]image.SigAction{int32(unix.SIGCHLD): {}}
+	for _, a := range h.Actions {
+		actions[a.Signal] = a
+	}
+	for sig := 1; sig <= signals; sig++ {
+		a, ok := actions[int32(sig)]
+		if ok && settable(sig) && sig != int(unix.SIGTRAP) {
+			b.Add(unix.SYS_RT_SIGACTION, tracee.W(sig), b.Put(encodeAction(a)), tracee.W(0), tracee.W(sigsetSize))
+		}
+	}
+}
+
+// ChildSignals adds the call that makes a stub ignore SIGCHLD, so that its
+// children vanish when they exit, or keep them as zombies.
+func ChildSignals(b *tracee.Batch, ignore bool) {
+	a := image.SigAction{Handler: sigDfl}
+	if ignore {
+		a.Handler = sigIgn
+	}
+	b.Add(unix.SYS_RT_SIGACTION, tracee.W(unix.SIGCHLD), b.Put(encodeAction(a)), tracee.W(0), tracee.W(sigsetSize))
+}
+
+const (
+	altStackSize = 24 // stack_t
+	ssOnStack    = 1
+)
+
+// askAltStack adds the call that reads the thread's alternate signal stack.
+func askAltStack(b *tracee.Batch) func() image.AltStack {
+	at := b.Reserve(altStackSize)
+	b.Add(unix.SYS_SIGALTSTACK, tracee.W(0), at)
+	return func() image.AltStack {
+		raw, le := b.At(at, altStackSize), binary.LittleEndian
+		return image.AltStack{SP: le.Uint64(raw), Flags: int32(le.Uint32(raw[8:])), Size: le.Uint64(raw[16:])}
+	}
+}
+
+// restoreAltStack adds the call that sets it. SS_ONSTACK is not state: the
+// kernel finds out from the stack pointer.
+func restoreAltStack(b *tracee.Batch, s image.AltStack) {
+	raw := make([]byte, altStackSize)
+	le := binary.LittleEndian
+	le.PutUint64(raw, s.SP)
+	le.PutUint32(raw[8:], uint32(s.Flags&^ssOnStack))
+	le.PutUint64(raw[16:], s.Size)
+	b.Add(unix.SYS_SIGALTSTACK, b.Put(raw), tracee.W(0))
+}
+
+// restorePending adds the calls that queue signals again, in order. A task may
+// send itself any siginfo (rt_sigqueueinfo(2)).
+func restorePending(b *tracee.Batch, tgid, tid int32, queue [][]byte, shared bool) {
+	for _, info := range queue {
+		sig := binary.LittleEndian.Uint32(info)
+		if shared {
+			b.Add(unix.SYS_RT_SIGQUEUEINFO, tracee.W(tgid), tracee.W(sig), b.Put(info))
+		} else {
+			b.Add(unix.SYS_RT_TGSIGQUEUEINFO, tracee.W(tgid), tracee.W(tid), tracee.W(sig), b.Put(info))
+		}
+	}
+}

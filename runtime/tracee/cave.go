@@ -1,0 +1,317 @@
+package tracee
+
+import (
+	"bufio"
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSlots bounds the slots used of a cave; the vdso's tail has room for three.
+const maxSlots = 4
+
+// cave is a run of executable bytes of a process that nothing uses: the zeros
+// between the end of an ELF image and the end of its last page. Of the [vdso]
+// every process has its own copy; writing there through /proc/PID/mem costs one
+// private page. A process without one may have room behind the text of a mapped
+// file, whose private copy of the page then is what we write to.
+//
+// Code put there needs no mapping that is writable and executable at once, which
+// PR_SET_MDWE or SELinux's execmem would refuse.
+type cave struct {
+	pid        int
+	mem        *os.File // /proc/PID/mem
+	start, end uint64   // whole slots
+}
+
+// NoCaveError says that a process has no room for our code.
+type NoCaveError struct{ Pid int }
+
+func (e *NoCaveError) Error() string {
+	return fmt.Sprintf("process %d: no %d unused bytes behind a 64-bit vdso or behind the text of a mapped file", e.Pid, slotSize)
+}
+
+// NoSlotError says that ocickpts which died left every slot of a process's cave
+// in use, as far as can be seen: a signal handler of thread Tid may still return
+// into the last one that was looked at. Trying again later is the remedy.
+type NoSlotError struct{ Pid, Tid int }
+
+func (e *NoSlotError) Error() string {
+	return fmt.Sprintf("process %d: thread %d may still need what an earlier ocickpt left in its cave; try again later", e.Pid, e.Tid)
+}
+
+// area is a line of /proc/PID/maps.
+type area struct {
+	start, end, offset uint64
+	perms, path        string
+}
+
+func (a area) contains(addr uint64) bool { return addr >= a.start && addr < a.end }
+
+func readAreas(pid int) (areas []area, err error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		var a area
+		var dev, inode string
+		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s %x %s %s", &a.start, &a.end, &a.perms, &a.offset, &dev, &inode); err != nil {
+			return nil, fmt.Errorf("%s: %q: %w", f.Name(), lines.Text(), err)
+		}
+		if i := strings.IndexAny(lines.Text(), "/["); i >= 0 {
+			a.path = lines.Text()[i:]
+		}
+		areas = append(areas, a)
+	}
+	return areas, lines.Err()
+}
+
+// findCave looks at the process and changes nothing.
+func findCave(pid int, mem *os.File) (*cave, error) {
+	areas, err := readAreas(pid)
+	if err != nil {
+		return nil, err
+	}
+	for _, vdso := range []bool{true, false} {
+		for i, a := range areas {
+			if a.perms != "r-xp" || (a.path == "[vdso]") != vdso {
+				continue
+			}
+			end, ok := imageEnd(mem, areas, i)
+			if !ok {
+				continue
+			}
+			c := &cave{pid: pid, mem: mem, start: (end + 63) &^ 63}
+			if err := c.measure(a.end); err != nil {
+				return nil, err
+			}
+			if c.end > c.start {
+				return c, nil
+			}
+		}
+	}
+	return nil, &NoCaveError{pid}
+}
+
+// imageEnd returns the address in area i behind which its ELF image has nothing
+// more to say. Bytes that merely are zero would not do: they may be data.
+func imageEnd(mem io.ReaderAt, areas []area, i int) (uint64, bool) {
+	a := areas[i]
+	if a.path == "[vdso]" {
+		end, _, err := elfEnds(mem, a.start)
+		return a.start + end, err == nil
+	}
+	if !strings.HasPrefix(a.path, "/") {
+		return 0, false
+	}
+	for _, head := range areas[:i+1] {
+		if head.path == a.path && head.offset == 0 {
+			_, text, err := elfEnds(mem, head.start)
+			end := head.start + text
+			return end, err == nil && a.contains(end)
+		}
+	}
+	return 0, false
+}
+
+// elfEnds reads the ELF headers at base and returns, as offsets from base, the
+// end of the file as far as the headers know it, and the end of the executable
+// segment in memory.
+func elfEnds(mem io.ReaderAt, base uint64) (file, text uint64, err error) {
+	var h elf.Header64
+	if err := binary.Read(io.NewSectionReader(mem, int64(base), 64), binary.LittleEndian, &h); err != nil {
+		return 0, 0, err
+	}
+	if string(h.Ident[:4]) != elf.ELFMAG || h.Ident[elf.EI_CLASS] != byte(elf.ELFCLASS64) || h.Phnum > 64 {
+		return 0, 0, errors.New("no 64-bit ELF image")
+	}
+	progs := make([]elf.Prog64, h.Phnum)
+	at := io.NewSectionReader(mem, int64(base+h.Phoff), int64(h.Phnum)*56)
+	if err := binary.Read(at, binary.LittleEndian, progs); err != nil {
+		return 0, 0, err
+	}
+	file = h.Shoff + uint64(h.Shnum)*uint64(h.Shentsize)
+	var first uint64 // address of file offset 0, as linked
+	for _, p := range progs {
+		if elf.ProgType(p.Type) != elf.PT_LOAD {
+			continue
+		}
+		file = max(file, p.Off+p.Filesz)
+		if p.Off == 0 {
+			first = p.Vaddr
+		}
+		if elf.ProgFlag(p.Flags)&elf.PF_X != 0 {
+			text = p.Vaddr + p.Filesz - first
+		}
+	}
+	return file, text, nil
+}
+
+// measure counts the slots between c.start and limit that are empty or hold
+// what an earlier ocickpt left.
+func (c *cave) measure(limit uint64) error {
+	c.end = c.start
+	for range maxSlots {
+		if c.end+slotSize > limit {
+			return nil
+		}
+		s, err := c.read(c.end)
+		if err != nil {
+			return err
+		}
+		if !s.empty && s.Magic != slotMagic {
+			return nil
+		}
+		c.end += slotSize
+	}
+	return nil
+}
+
+// contains reports whether addr lies in a slot.
+func (c *cave) contains(addr uint64) bool { return addr >= c.start && addr < c.end }
+
+// slot is what was found in a slot.
+type slot struct {
+	slotHeader
+	empty bool
+}
+
+func (c *cave) read(at uint64) (s slot, err error) {
+	b := make([]byte, slotSize)
+	if _, err := c.mem.ReadAt(b, int64(at)); err != nil {
+		return s, fmt.Errorf("cave of process %d: %w", c.pid, gone(err))
+	}
+	s.empty = len(bytes.Trim(b, "\x00")) == 0
+	_, err = binary.Decode(b, binary.LittleEndian, &s.slotHeader)
+	return s, err
+}
+
+func (c *cave) write(at uint64, b []byte) error {
+	if _, err := c.mem.WriteAt(b, int64(at)); err != nil {
+		return fmt.Errorf("cave of process %d: %w", c.pid, gone(err))
+	}
+	return nil
+}
+
+// gone makes ErrGone of what reading or writing /proc/PID/mem returns once the
+// process has given up its memory: nothing.
+func gone(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrShortWrite) || errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("%w (%w)", ErrGone, err)
+	}
+	return err
+}
+
+// take returns the address of a slot that may be written.
+//
+// Only one slot is in use at a time and leaving empties it, so one that is not
+// empty is from an ocickpt that died. Its thread has long left the code of the
+// slot by then, or it would be busy, but a signal handler that interrupted it
+// there may still return to it. So an empty slot is taken if there is any, and
+// else one to which nothing points any more.
+func (c *cave) take(id ids) (uint64, error) {
+	var used []uint64
+	for at := c.start; at < c.end; at += slotSize {
+		s, err := c.read(at)
+		if err != nil {
+			return 0, err
+		}
+		if s.empty {
+			return at, nil
+		}
+		used = append(used, at)
+	}
+	var none *NoSlotError
+	for _, at := range used {
+		err := c.abandoned(at, id.tgid)
+		if err == nil {
+			return at, nil
+		}
+		if !errors.As(err, &none) {
+			return 0, err
+		}
+	}
+	return 0, none
+}
+
+// abandoned proves that nobody returns to the slot at: its thread is gone, or no
+// word of its stack points there. It returns a *NoSlotError if it cannot.
+func (c *cave) abandoned(at uint64, tgid uint32) error {
+	s, err := c.read(at)
+	if err != nil {
+		return err
+	}
+	none := &NoSlotError{Pid: c.pid, Tid: int(s.Tid)}
+	if s.Tgid != tgid {
+		// Inherited by fork(2), perhaps inside such a handler, or the slot of
+		// another process in the same address space (CLONE_VM).
+		return none
+	}
+	owner, err := threadByNamespaceID(c.pid, s.Tid)
+	if owner == nil || err != nil {
+		return err
+	}
+	pointed, err := c.onStack(owner, at, s.SP)
+	if errors.Is(err, ErrGone) {
+		return nil
+	}
+	if err == nil && pointed {
+		err = none
+	}
+	return err
+}
+
+// onStack looks for the frame of a signal that interrupted the thread in the
+// slot at, when its stack pointer was sp. Frames of handlers that still run lie
+// above the present stack pointer: up to sp, or on an alternate stack, whose
+// size is bounded here by a guess that is far above what anybody uses. A word
+// that points there by chance makes the slot wait, no more.
+func (c *cave) onStack(t *Thread, at, sp uint64) (bool, error) {
+	const altStack, most = 256 << 10, 8 << 20
+	r, err := t.Regs()
+	if err != nil {
+		return false, err
+	}
+	areas, err := readAreas(c.pid)
+	if err != nil {
+		return false, err
+	}
+	for _, a := range areas {
+		if !a.contains(r.Rsp) {
+			continue
+		}
+		end := r.Rsp + altStack
+		if a.contains(sp) && sp > end {
+			end = sp
+		}
+		if end = min(end, a.end); end-r.Rsp > most {
+			return true, nil
+		}
+		return c.pointed(at, r.Rsp&^7, end&^7)
+	}
+	return true, nil // a stack pointer that points nowhere proves nothing
+}
+
+// pointed reports whether a word in [from, to) is an address in the slot at.
+func (c *cave) pointed(at, from, to uint64) (bool, error) {
+	b := make([]byte, to-from)
+	if _, err := c.mem.ReadAt(b, int64(from)); err != nil {
+		return false, fmt.Errorf("stack of process %d: %w", c.pid, gone(err))
+	}
+	for ; len(b) > 0; b = b[8:] {
+		if binary.LittleEndian.Uint64(b)-at < slotSize {
+			return true, nil
+		}
+	}
+	return false, nil
+}

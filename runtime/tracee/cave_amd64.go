@@ -1,0 +1,99 @@
+package tracee
+
+import (
+	"bytes"
+	"encoding/binary"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// caveText is the address of the cave's program in our own text.
+func caveText() uintptr
+
+// slotHeader is the data of a slot, in front of its code (cave_amd64.s). Magic,
+// Tgid, Tid and SP keep their places in every version of ocickpt: they are how
+// one version recognizes what another left behind.
+type slotHeader struct {
+	Magic     uint64
+	Tgid, Tid uint32 // of the thread, in its own pid namespace
+	SP        uint64
+	Mask      uint64
+	Flags     uint64 // OF in bit 0, the low byte of eflags in bits 8-15: what SAHF takes
+	GPR       [15]uint64
+}
+
+const (
+	slotMagic      = 0x31656b6f74706b63
+	slotHeaderSize = int(unsafe.Sizeof(slotHeader{}))
+
+	flagTF = 1 << 8
+	flagOF = 11 // bit number
+
+	userCS64 = 0x33 // code segment of a thread in 64-bit mode
+)
+
+// caveCode is the program with its empty header, up to the address that follows
+// its last jump.
+var caveCode = func() []byte {
+	const most = 1 << 10
+	start := caveText()
+	text := unsafe.Slice(*(**byte)(unsafe.Pointer(&start)), most)
+	lastJump := []byte{0xff, 0x25, 0, 0, 0, 0}
+	return bytes.Clone(text[:bytes.Index(text, lastJump)+len(lastJump)])
+}()
+
+// slotSize is the room a slot takes, 16-aligned.
+var slotSize = uint64(len(caveCode)+8+15) &^ 15
+
+// cavePlaces are the offsets in a slot at which tracer and thread meet.
+type cavePlaces struct {
+	enter    uint64 // at the mmap
+	mapped   uint64 // behind the first report
+	ran      uint64 // behind the second
+	unmapped uint64 // behind the third, which is where the cure begins
+}
+
+// places are found by counting the syscall instructions, so that they cannot
+// drift from the code: mmap, report, an entry's call, report, munmap, report,
+// rt_sigprocmask.
+var places = func() cavePlaces {
+	var behind []uint64
+	for i := slotHeaderSize; i+1 < len(caveCode); i++ {
+		if caveCode[i] == 0x0f && caveCode[i+1] == 0x05 {
+			behind = append(behind, uint64(i+syscallInsnSize))
+		}
+	}
+	return cavePlaces{enter: behind[0] - syscallInsnSize, mapped: behind[1], ran: behind[3], unmapped: behind[5]}
+}()
+
+// slotImage is the slot of a thread that must come out with registers r, as
+// user space sees them, and mask.
+func slotImage(r *Regs, mask uint64, id ids) []byte {
+	h := slotHeader{
+		Magic: slotMagic, Tgid: id.tgid, Tid: id.tid, SP: r.Rsp, Mask: mask,
+		Flags: r.Eflags>>flagOF&1 | r.Eflags&0xff<<8,
+		GPR: [15]uint64{r.Rax, r.Rbx, r.Rcx, r.Rdx, r.Rsi, r.Rdi, r.Rbp,
+			r.R8, r.R9, r.R10, r.R11, r.R12, r.R13, r.R14, r.R15},
+	}
+	b := make([]byte, slotSize)
+	copy(b, caveCode)
+	_, _ = binary.Encode(b, binary.LittleEndian, &h)
+	binary.LittleEndian.PutUint64(b[len(caveCode):], r.Rip)
+	return b
+}
+
+// enterRegs makes registers r enter the slot at its mmap, of size bytes. What
+// the cave does not use stays as it is: rsp above all, and of the flags DF, AC
+// and ID, which the cave leaves alone. TF would raise a SIGTRAP behind every
+// instruction and has to go; only a thread that single-steps itself has it set.
+func enterRegs(r Regs, slot, size uint64, report unix.Signal) Regs {
+	r.Orig_rax = noSyscall
+	r.Eflags &^= flagTF
+	r.Rip = slot + places.enter
+	r.Rax = unix.SYS_MMAP
+	r.Rdi, r.Rsi, r.Rdx = 0, size, unix.PROT_READ|unix.PROT_WRITE
+	r.R10, r.R8, r.R9 = unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uint64(0), 0
+	r.R12, r.R13, r.R14, r.R15 = 0, size, slot, uint64(report)
+	return r
+}

@@ -1,0 +1,131 @@
+#include "textflag.h"
+
+// The program that a thread runs for us lies in a slot of the cave, data first:
+// slotHeader in cave_amd64.go, whose offsets these are.
+#define slotTgid  0x08
+#define slotTid   0x0c
+#define slotMask  0x18
+#define slotFlags 0x20
+#define slotRax   0x28
+#define slotRbx   0x30
+#define slotRcx   0x38
+#define slotRdx   0x40
+#define slotRsi   0x48
+#define slotRdi   0x50
+#define slotRbp   0x58
+#define slotR8    0x60
+#define slotR9    0x68
+#define slotR10   0x70
+#define slotR11   0x78
+#define slotR12   0x80
+#define slotR13   0x88
+#define slotR14   0x90
+#define slotR15   0x98
+
+// REPORT is where the tracer meets the thread: tgkill(tgid, tid, R15). A traced
+// thread stops even for a signal that it ignores; an untraced one does not
+// notice, and goes on to restore itself.
+#define REPORT \
+	MOVL $234, AX; \
+	MOVL slotTgid(R14), DI; \
+	MOVL slotTid(R14), SI; \
+	MOVL R15, DX; \
+	SYSCALL
+
+// cave<> is position independent and is copied, never called: nothing but jumps
+// and addresses relative to its own start. It uses no stack, since the thread's
+// may have no room (goroutines) and red zones hold live data. What it needs
+// beyond the slot is in registers, so that it need not write to the slot, which
+// it could not:
+//	R12 entries left to run    RBP the next entry     RBX the pages, R13 their length
+//	R14 the slot               R15 the signal of REPORT, or 0
+// It is one straight line. Wherever the thread is when its tracer dies, running
+// on brings it through what is left of the batch to the munmap and the cure.
+//
+// The tracer finds its places behind the SYSCALLs by counting them (cavePlaces).
+TEXT cave<>(SB),NOSPLIT|NOFRAME,$0-0
+	QUAD $0; QUAD $0; QUAD $0; QUAD $0; QUAD $0
+	QUAD $0; QUAD $0; QUAD $0; QUAD $0; QUAD $0
+	QUAD $0; QUAD $0; QUAD $0; QUAD $0; QUAD $0
+	QUAD $0; QUAD $0; QUAD $0; QUAD $0; QUAD $0
+
+	// mmap(2), its arguments put into the registers by the tracer. R12 is 0 as
+	// yet: a thread that loses its tracer from here on has no entry to run.
+	SYSCALL
+	MOVQ AX, BX
+	REPORT
+
+next:
+	TESTQ R12, R12
+	JEQ   done
+	MOVQ  0x00(BP), AX
+	MOVQ  0x08(BP), DI
+	MOVQ  0x10(BP), SI
+	MOVQ  0x18(BP), DX
+	MOVQ  0x20(BP), R10
+	MOVQ  0x28(BP), R8
+	MOVQ  0x30(BP), R9
+	SYSCALL
+	MOVQ  AX, 0x38(BP)
+	ADDQ  $0x48, BP
+	DECQ  R12
+	TESTB $1, -8(BP) // Tolerate
+	JNE   next
+	CMPQ  AX, $-4095
+	JCS   next       // below -4095 unsigned: no error
+
+done:
+	REPORT
+
+	// munmap(RBX, R13). If the mmap failed, RBX is no address and this fails too.
+	MOVL $11, AX
+	MOVQ BX, DI
+	MOVQ R13, SI
+	SYSCALL
+	REPORT
+
+	// The cure. The mask first, all else being blocked until then; a handler
+	// that comes in behind it returns to here, as it would to anywhere else.
+	// rt_sigreturn(2) would do both at once, but it forgets the restart block of
+	// an interrupted nanosleep(2) and needs a frame with the whole xsave area.
+	LEAQ cave<>(SB), R14
+	MOVL $14, AX        // rt_sigprocmask
+	MOVL $2, DI         // SIG_SETMASK
+	LEAQ slotMask(R14), SI
+	XORL DX, DX
+	MOVL $8, R10
+	SYSCALL
+
+	// Flags without a stack: AL is OF, so that adding 0x7f overflows or not; AH
+	// is the other status flags. No instruction up to here touches DF, AC or ID.
+	MOVL slotFlags(R14), AX
+	ADDB $0x7f, AX
+	SAHF
+
+	MOVQ slotRax(R14), AX
+	MOVQ slotRbx(R14), BX
+	MOVQ slotRcx(R14), CX
+	MOVQ slotRdx(R14), DX
+	MOVQ slotRsi(R14), SI
+	MOVQ slotRdi(R14), DI
+	MOVQ slotRbp(R14), BP
+	MOVQ slotR8(R14), R8
+	MOVQ slotR9(R14), R9
+	MOVQ slotR10(R14), R10
+	MOVQ slotR11(R14), R11
+	MOVQ slotR12(R14), R12
+	MOVQ slotR13(R14), R13
+	MOVQ slotR15(R14), R15
+	MOVQ slotR14(R14), R14
+
+	// jmp *0(%rip): the address stands right behind the jump, 8-aligned because
+	// the thread may run with AC set.
+	PCALIGN $8
+	BYTE $0x90; BYTE $0x90
+	BYTE $0xff; BYTE $0x25; LONG $0
+
+// func caveText() uintptr
+TEXT ·caveText(SB),NOSPLIT,$0-8
+	LEAQ cave<>(SB), AX
+	MOVQ AX, ret+0(FP)
+	RET

@@ -1,0 +1,126 @@
+package tracee
+
+import (
+	"encoding/binary"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Regs are the general registers of a stopped thread, struct user_regs_struct.
+type Regs struct{ unix.PtraceRegs }
+
+// RegsSize is the size of the register set in an image.
+const RegsSize = int(unsafe.Sizeof(Regs{}))
+
+// noSyscall in orig_rax tells the kernel that the thread is in no system call,
+// so that it neither restarts one nor touches rax on the way out.
+const noSyscall = ^uint64(0)
+
+// Kernel-internal results that a thread stopped inside a system call shows in
+// rax (include/linux/errno.h). User space never sees them: on the way out the
+// kernel turns them into a restart or into EINTR.
+const (
+	eRestartSys     = 512
+	eRestartNoIntr  = 513
+	eRestartNoHand  = 514
+	eRestartBlock   = 516
+	restartSyscall  = unix.SYS_RESTART_SYSCALL
+	syscallInsnSize = 2 // 0f 05
+)
+
+// Regs reads the thread's general registers.
+func (t *Thread) Regs() (r Regs, err error) {
+	_, err = ptrace(unix.PTRACE_GETREGS, t.Tid, 0, uintptr(unsafe.Pointer(&r)))
+	return r, err
+}
+
+// SetRegs writes the thread's general registers.
+func (t *Thread) SetRegs(r Regs) error {
+	_, err := ptrace(unix.PTRACE_SETREGS, t.Tid, 0, uintptr(unsafe.Pointer(&r)))
+	return err
+}
+
+// XState reads the extended state (x87, SSE, AVX, PKRU ...) in the layout of
+// the xsave instruction.
+func (t *Thread) XState() ([]byte, error) {
+	return t.RegSet(ntX86XState, make([]byte, 16<<10))
+}
+
+// SetXState writes the extended state.
+func (t *Thread) SetXState(b []byte) error { return t.SetRegSet(ntX86XState, b) }
+
+// Encode returns the registers as they stand in an image: user_regs_struct in
+// its order, little endian.
+func (r *Regs) Encode() []byte {
+	b := make([]byte, RegsSize)
+	_, _ = binary.Encode(b, binary.LittleEndian, &r.PtraceRegs)
+	return b
+}
+
+// DecodeRegs is the reverse of Encode; b must be RegsSize long.
+func DecodeRegs(b []byte) (r Regs, err error) {
+	_, err = binary.Decode(b, binary.LittleEndian, &r.PtraceRegs)
+	return r, err
+}
+
+// IP and SP are the instruction and the stack pointer.
+func (r *Regs) IP() uint64 { return r.Rip }
+
+// SP is the stack pointer.
+func (r *Regs) SP() uint64 { return r.Rsp }
+
+// Syscall returns the number of the system call the thread is stopped in and
+// the result the kernel holds for it; ok is false outside of one.
+func (r *Regs) Syscall() (nr uint64, result int64, ok bool) {
+	return r.Orig_rax, int64(r.Rax), int64(r.Orig_rax) >= 0
+}
+
+// Args are the arguments of the system call the thread is stopped in.
+func (r *Regs) Args() [6]uint64 {
+	return [6]uint64{r.Rdi, r.Rsi, r.Rdx, r.R10, r.R8, r.R9}
+}
+
+// NeedsRestartBlock reports a call that ended with ERESTART_RESTARTBLOCK: the
+// kernel keeps what it needs to go on in the task, outside the registers.
+func (r *Regs) NeedsRestartBlock() bool {
+	_, result, ok := r.Syscall()
+	return ok && result == -eRestartBlock
+}
+
+// Reenter makes the thread issue the call it is stopped in again, arguments
+// unchanged, by stepping back over the syscall instruction.
+func (r *Regs) Reenter() {
+	r.Rax, r.Orig_rax = r.Orig_rax, noSyscall
+	r.Rip -= syscallInsnSize
+}
+
+// Resumed returns the registers of a thread that has been put back into call
+// nr with the given result: one that the kernel restarts by itself is left to
+// it, any other is what the call returns.
+func (r Regs) Resumed(nr uint64, result int64) Regs {
+	r.Rax = uint64(result)
+	r.Orig_rax = noSyscall
+	switch -result {
+	case eRestartSys, eRestartNoIntr, eRestartNoHand, eRestartBlock:
+		r.Orig_rax = nr
+	}
+	return r
+}
+
+// userView is what the kernel would make of the registers on the way out with
+// no signal to deliver. A thread that restores itself, untraced, needs them
+// like this: the kernel's own restart happens only on its own way out. A
+// restart block lives on in the task and restart_syscall(2) uses it.
+func (r Regs) userView() Regs {
+	if nr, result, ok := r.Syscall(); ok {
+		switch -result {
+		case eRestartSys, eRestartNoIntr, eRestartNoHand:
+			r.Rax, r.Rip = nr, r.Rip-syscallInsnSize
+		case eRestartBlock:
+			r.Rax, r.Rip = restartSyscall, r.Rip-syscallInsnSize
+		}
+	}
+	r.Orig_rax = noSyscall
+	return r
+}

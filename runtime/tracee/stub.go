@@ -1,0 +1,365 @@
+package tracee
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Service is the memory through which stubs are told what to do: one page of
+// code and an area for entries and data, a memfd that every stub and the
+// coordinator map. Stubs work one at a time, so they share it.
+//
+// It is not the memfd of the stub's executable: the kernel refuses to change
+// /proc/PID/exe while a mapping of the old executable is left (KERNEL:
+// replace_mm_exe_file in kernel/fork.c), and the service outlives it.
+type Service struct {
+	file *os.File
+	mem  []byte
+}
+
+// ServiceSize is the size in bytes of the service area in a stub.
+const ServiceSize = 8 << 20
+
+const serviceData = 4096 // behind the code page
+
+// NewService makes the memory; Close frees the coordinator's part of it.
+func NewService() (*Service, error) {
+	f, err := memfd("ocickpt-service", 0)
+	if err != nil {
+		return nil, err
+	}
+	s := &Service{file: f}
+	if err = f.Truncate(ServiceSize); err == nil {
+		s.mem, err = unix.Mmap(int(f.Fd()), 0, ServiceSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("service memory: %w", err), f.Close())
+	}
+	copy(s.mem, serviceCode())
+	return s, nil
+}
+
+// File is the memfd, to be handed to the first stub.
+func (s *Service) File() *os.File { return s.file }
+
+// Close unmaps and closes the coordinator's part.
+func (s *Service) Close() error {
+	return errors.Join(unix.Munmap(s.mem), s.file.Close())
+}
+
+// StubExecutable is a memfd with the executable that a container's init starts
+// as. The caller closes it.
+func StubExecutable() (*os.File, error) {
+	const mfdExec = 0x10 // MFD_EXEC, Linux 6.3; before it every memfd is executable
+	f, err := memfd("ocickpt-stub", mfdExec)
+	if errors.Is(err, unix.EINVAL) {
+		f, err = memfd("ocickpt-stub", 0)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Write(stubELF()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func memfd(name string, flags int) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|flags)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// Stub is a stopped task of a container being restored that runs our code. It
+// dies with us (StubOptions).
+type Stub struct {
+	*Thread
+	service *Service
+	base    uint64 // of the service area in the task, 0 before AttachService
+	code    uint64 // of the service code
+	regs    Regs   // what a call starts from
+}
+
+// allSignalsButTrap is blocked in a stub: an INT3 whose SIGTRAP is blocked
+// would make the kernel unblock it and reset its handler (force_sig).
+const allSignalsButTrap = ^uint64(1 << (unix.SIGTRAP - 1))
+
+// NewStub takes over a thread that has just executed StubExecutable and rests
+// at its first event: the exec. Registers written there would be overwritten
+// by execve's own return value, so it runs on to the INT3 first.
+func NewStub(t *Thread, s *Service) (*Stub, error) {
+	if err := t.SetSigMask(allSignalsButTrap); err != nil {
+		return nil, err
+	}
+	stub := &Stub{Thread: t, service: s, code: stubCode}
+	if _, err := stub.toTrap(); err != nil {
+		return nil, err
+	}
+	var err error
+	stub.regs, err = t.Regs()
+	return stub, err
+}
+
+// NewChild takes over a task that a stub has cloned, at its first stop.
+func (s *Stub) NewChild(pid, tid int) (*Stub, error) {
+	c := *s
+	c.Thread = &Thread{Pid: pid, Tid: tid}
+	stop, err := c.Wait()
+	if err != nil {
+		return nil, err
+	}
+	if stop.Exited {
+		return nil, fmt.Errorf("new task %d: %w", tid, ErrGone)
+	}
+	return &c, nil
+}
+
+// toTrap resumes the stub until its INT3 and returns the ids of the tasks that
+// it cloned on the way.
+func (s *Stub) toTrap() (cloned []int, err error) {
+	if err := s.Cont(0); err != nil {
+		return nil, err
+	}
+	for {
+		stop, err := s.Wait()
+		switch {
+		case err != nil:
+			return cloned, err
+		case stop.Exited:
+			return cloned, fmt.Errorf("task %d: %w", s.Tid, ErrGone)
+		case stop.Event == 0 && stop.Signal == unix.SIGTRAP:
+			return cloned, nil
+		case stop.Event == unix.PTRACE_EVENT_FORK, stop.Event == unix.PTRACE_EVENT_VFORK, stop.Event == unix.PTRACE_EVENT_CLONE:
+			id, err := s.EventMessage()
+			if err != nil {
+				return cloned, err
+			}
+			cloned = append(cloned, id)
+		case stop.Event == 0 && stop.Signal == unix.SIGSEGV:
+			return cloned, fmt.Errorf("task %d: its stub faulted", s.Tid)
+		}
+		if err := s.Cont(0); err != nil {
+			return cloned, err
+		}
+	}
+}
+
+// AttachService maps the service area at addr; fd is the service memfd's
+// number in the stub. The previous mapping, if any, stays for the caller to
+// unmap.
+func (s *Stub) AttachService(fd int, addr uint64) error {
+	const fixed = unix.MAP_SHARED | unix.MAP_FIXED_NOREPLACE
+	if _, err := s.call(unix.SYS_MMAP, addr, serviceData, unix.PROT_READ|unix.PROT_EXEC, fixed, uint64(fd), 0); err != nil {
+		return fmt.Errorf("map the service code at %#x: %w", addr, err)
+	}
+	if _, err := s.call(unix.SYS_MMAP, addr+serviceData, ServiceSize-serviceData, unix.PROT_READ|unix.PROT_WRITE, fixed, uint64(fd), serviceData); err != nil {
+		return fmt.Errorf("map the service data at %#x: %w", addr, err)
+	}
+	s.base, s.code = addr, addr
+	return nil
+}
+
+// Service returns where the service area lies in the stub.
+func (s *Stub) Service() uint64 { return s.base }
+
+// call makes one call with no memory to pass.
+func (s *Stub) call(nr uintptr, args ...uint64) (int64, error) {
+	var a [6]uint64
+	copy(a[:], args)
+	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, a)); err != nil {
+		return 0, err
+	}
+	if _, err := s.toTrap(); err != nil {
+		return 0, err
+	}
+	r, err := s.Thread.Regs()
+	if err != nil {
+		return 0, err
+	}
+	return r.result(), (&Batch{Calls: []Call{{Ret: r.result()}}}).Err(0)
+}
+
+// Run makes the stub run the batch and returns the ids of the tasks that it
+// cloned, in order. A failing call that is not tolerated ends the batch with a
+// *CallError.
+func (s *Stub) Run(b *Batch) (cloned []int, err error) {
+	if len(b.Calls) == 0 {
+		return nil, nil
+	}
+	entries := s.service.mem[serviceData:]
+	dataAt := (len(b.Calls)*entrySize + 15) &^ 15
+	if dataAt+len(b.Data) > len(entries) {
+		return nil, fmt.Errorf("batch of %d calls and %d bytes is larger than the service area", len(b.Calls), len(b.Data))
+	}
+	data := s.base + serviceData + uint64(dataAt)
+	b.encode(entries, data)
+	b.fill(entries[dataAt:], data)
+	if err := s.SetRegs(s.regs.forBatch(s.code+serviceBatch, s.base+serviceData, len(b.Calls))); err != nil {
+		return nil, err
+	}
+	if cloned, err = s.toTrap(); err != nil {
+		return cloned, err
+	}
+	r, err := s.Thread.Regs()
+	if err != nil {
+		return cloned, err
+	}
+	b.decode(entries)
+	copy(b.Data, entries[dataAt:])
+	runtime.KeepAlive(s.service)
+	return cloned, s.failed(b, len(b.Calls)-r.left(), data)
+}
+
+// failed finds the call that ended a batch of which made calls were made.
+func (s *Stub) failed(b *Batch, made int, data uint64) error {
+	if made == 0 {
+		return nil
+	}
+	c := &b.Calls[made-1]
+	if c.Tolerate || b.Err(made-1) == nil {
+		return nil
+	}
+	e := &CallError{Tid: s.Tid, Index: made - 1, Nr: c.Nr, Errno: unix.Errno(-c.Ret)}
+	for i, a := range c.Args {
+		e.Args[i] = a.resolve(data)
+	}
+	return e
+}
+
+// Step makes one call by stopping at its entry and exit instead of at an INT3.
+// It is for the last calls of a stub, whose SIGTRAP action and service area
+// are already the task's own: the stub rests in the stop at the call's exit,
+// and no code of ours need be left under its instruction pointer.
+func (s *Stub) Step(nr uintptr, args ...uint64) (int64, error) {
+	var a [6]uint64
+	copy(a[:], args)
+	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, a)); err != nil {
+		return 0, err
+	}
+	for range 2 {
+		if err := s.toSyscallStop(); err != nil {
+			return 0, err
+		}
+	}
+	r, err := s.Thread.Regs()
+	if err != nil {
+		return 0, err
+	}
+	return r.result(), (&Batch{Calls: []Call{{Ret: r.result()}}}).Err(0)
+}
+
+func (s *Stub) toSyscallStop() error {
+	for {
+		if err := s.ContSyscall(0); err != nil {
+			return err
+		}
+		stop, err := s.Wait()
+		if err != nil {
+			return err
+		}
+		if stop.Exited {
+			return fmt.Errorf("task %d: %w", s.Tid, ErrGone)
+		}
+		if stop.Syscall() {
+			return nil
+		}
+	}
+}
+
+// Scratch is the address of a few bytes that no batch uses.
+func (s *Stub) Scratch() uint64 { return s.base + ServiceSize - 64 }
+
+// Interrupted makes a call that would sleep and interrupts it at once; it
+// returns the kernel's own result, of which user space sees only the effect
+// (-ERESTART_RESTARTBLOCK). There is no race to lose: an interrupt that comes
+// before the thread sleeps stays pending, and keeps it from sleeping.
+func (s *Stub) Interrupted(nr uintptr, args [6]uint64) (int64, error) {
+	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, args)); err != nil {
+		return 0, err
+	}
+	if err := s.toSyscallStop(); err != nil {
+		return 0, err
+	}
+	if err := s.ContSyscall(0); err != nil {
+		return 0, err
+	}
+	if err := s.Interrupt(); err != nil {
+		return 0, err
+	}
+	stop, err := s.Wait()
+	if err != nil {
+		return 0, err
+	}
+	if !stop.Syscall() {
+		return 0, fmt.Errorf("task %d: %v instead of the end of system call %d", s.Tid, stop, nr)
+	}
+	r, err := s.Thread.Regs()
+	return r.result(), err
+}
+
+// WaitExec waits until a seized thread executes a new program, delivering the
+// signals that come before. It rests at the event.
+func (t *Thread) WaitExec() error {
+	for {
+		stop, err := t.Wait()
+		if err != nil {
+			return err
+		}
+		var sig unix.Signal
+		switch {
+		case stop.Exited:
+			return fmt.Errorf("task %d: %w before it executed the stub", t.Tid, ErrGone)
+		case stop.Event == unix.PTRACE_EVENT_EXEC:
+			return nil
+		case stop.Event == 0 && !stop.Syscall():
+			sig = stop.Signal
+		}
+		if err := t.Cont(sig); err != nil {
+			return err
+		}
+	}
+}
+
+// Exit ends the stub with a wait status: an exit code, or a signal. The kernel
+// tells its tracer first; only then its parent.
+func (s *Stub) Exit(status unix.WaitStatus) error {
+	var b Batch
+	if _, err := s.Run(b.nop()); err != nil { // bring it to its INT3, a stop that takes a signal
+		return err
+	}
+	var err error
+	if status.Signaled() {
+		// A new process has every signal's default action but SIGCHLD's.
+		none := unix.Rlimit{}
+		_ = unix.Prlimit(s.Pid, unix.RLIMIT_CORE, &none, nil)
+		if err = s.SetSigMask(0); err == nil {
+			err = s.Cont(status.Signal())
+		}
+	} else {
+		r := s.regs.forCall(s.code+serviceCall, unix.SYS_EXIT_GROUP, [6]uint64{uint64(status.ExitStatus())})
+		if err = s.SetRegs(r); err == nil {
+			err = s.Cont(0)
+		}
+	}
+	for err == nil {
+		var stop Stop
+		if stop, err = s.Wait(); err == nil && stop.Exited {
+			return s.Reap()
+		}
+		if err == nil {
+			err = s.Cont(0)
+		}
+	}
+	return err
+}
+
+func (b *Batch) nop() *Batch {
+	b.Add(unix.SYS_GETPID)
+	return b
+}
