@@ -182,9 +182,12 @@ type outputs struct {
 
 func (c *container) command(std outputs, name string, args ...string) result {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
+	// A Go program that hangs tells by SIGQUIT where.
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGQUIT) }
+	cmd.WaitDelay = 5 * time.Second
 	cmd.Dir = c.dir
 	cmd.Env = append(os.Environ(), "TMPDIR="+c.tmp)
 	captured := c.capture(&std)
@@ -192,6 +195,9 @@ func (c *container) command(std outputs, name string, args ...string) result {
 	start := time.Now()
 	err := cmd.Run()
 	r := captured()
+	if ctx.Err() != nil {
+		c.t.Fatalf("%s %s did not end within a minute\n%s", name, strings.Join(args, " "), r.stderr)
+	}
 	r.took = time.Since(start)
 	r.code = cmd.ProcessState.ExitCode()
 	var exit *exec.ExitError
@@ -302,18 +308,33 @@ func (c *container) stderr() string {
 // adopt reaps the init as soon as it ends. It is the test's child, as it would
 // be the child of an engine's shim; unreaped, runc delete would wait for it.
 func (c *container) adopt() {
-	pid, gone := c.state().Pid, make(chan struct{})
+	c.t.Helper()
+	gone := make(chan struct{})
 	c.gone = gone
+	pid := c.state().Pid
 	go func() {
-		var status unix.WaitStatus
-		for {
-			if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != unix.EINTR {
-				break
-			}
-		}
+		status := reap(pid)
 		c.status = status
 		close(gone)
 	}()
+}
+
+// reap waits until a child has ended.
+func reap(pid int) (status unix.WaitStatus) {
+	for {
+		if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != unix.EINTR {
+			return status
+		}
+	}
+}
+
+// step runs a subtest about the container; what fails in it is the subtest's.
+func (c *container) step(t *testing.T, name string, body func(t *testing.T)) {
+	t.Run(name, func(step *testing.T) {
+		c.t = step
+		defer func() { c.t = t }()
+		body(step)
+	})
 }
 
 func (c *container) destroy() {

@@ -105,7 +105,7 @@ func TestCheckpointFaults(t *testing.T) {
 		for _, action := range faultActions {
 			for _, nth := range passings(points, point) {
 				name := fmt.Sprintf("%s#%d:%s", point, nth, action)
-				t.Run(name, func(t *testing.T) {
+				c.step(t, name, func(t *testing.T) {
 					t.Setenv(envFault, name)
 					r := c.ocickpt(args...)
 					t.Logf("exit status %d, %s", r.code, r.stderr)
@@ -157,53 +157,33 @@ func TestKilledCheckpoint(t *testing.T) {
 	}
 }
 
-// TestRestoreFaults makes a restore fail at every fault point. No process, mount
-// or cgroup may survive, and the next restore of the id must work.
+// TestRestoreFaults makes a restore fail at every fault point. No process may
+// survive, and the next restore of the id must work.
 func TestRestoreFaults(t *testing.T) {
 	c := treeContainer(t)
 	c.checkpoint()
 	c.mustBeGone()
-	args := []string{"restore", "--detach", "--bundle", c.bundle, "--image-path", c.image(), c.id}
-	points := faultPoints(c, args...)
+	points := faultPoints(c, "restore", "--detach", "--bundle", c.bundle, "--image-path", c.image(), c.id)
 	c.adopt()
 	c.progress(10)
 	for _, point := range distinct(points) {
 		for _, action := range faultActions {
-			name := point + ":" + action
-			c.checkpointIfRunning()
-			t.Run(name, func(t *testing.T) {
-				r := c.faultyRestore(t, name)
+			c.checkpoint()
+			c.mustBeGone()
+			c.step(t, point+":"+action, func(t *testing.T) {
+				t.Setenv(envFault, point+":"+action)
+				r := c.tryRestore()
 				t.Logf("exit status %d, %s", r.code, r.stderr)
-				if r.code == 0 { // a fault after the release changes nothing any more
-					c.adopt()
-				} else if !waitFor(func() bool { return len(leakedCgroups(c)) == 0 }) {
-					t.Errorf("cgroups are left: %v", leakedCgroups(c))
-				}
 			})
-			if c.tryRunc("state", c.id).code != 0 {
-				c.restore()
+			c.afterBrokenRestore()
+			if t.Failed() {
+				return
 			}
-			c.progress(5)
 		}
 	}
 }
 
-func (c *container) faultyRestore(t *testing.T, fault string) result {
-	t.Setenv(envFault, fault)
-	return c.tryRestore()
-}
-
-func (c *container) checkpointIfRunning() {
-	c.t.Helper()
-	if c.tryRunc("state", c.id).code == 0 {
-		c.checkpoint()
-		c.mustBeGone()
-	}
-}
-
-// TestKilledRestore kills ocickpt at random moments of a restore. What a killed
-// libcontainer leaves may last until the next restore of the id, which must
-// clear it and work.
+// TestKilledRestore kills ocickpt at random moments of a restore.
 func TestKilledRestore(t *testing.T) {
 	c := treeContainer(t)
 	seed := uint64(time.Now().UnixNano())
@@ -216,24 +196,46 @@ func TestKilledRestore(t *testing.T) {
 		time.Sleep(time.Duration(random.IntN(80000)) * time.Microsecond)
 		cmd.Process.Kill()
 		cmd.Wait()
-		if c.aliveAfterKill() {
-			c.adopt()
-		} else {
-			c.restore()
-		}
-		c.progress(10)
+		c.afterBrokenRestore()
 	}
 }
 
-// aliveAfterKill tells whether the restore was complete before it was killed:
-// then the container runs and goes on, else it is or becomes no more.
-func (c *container) aliveAfterKill() bool {
-	rounds := c.rounds()
-	alive := false
+// afterBrokenRestore asserts that a restore that was cut short left either the
+// whole container, running, or no process of it. In the latter case state
+// directory, mounts and cgroups may last until the next restore of the id, which
+// must clear them away and work.
+func (c *container) afterBrokenRestore() {
+	c.t.Helper()
+	if c.complete() {
+		c.adopt()
+	} else {
+		if !waitFor(func() bool { return len(survivors(c)) == 0 }) {
+			c.t.Fatalf("processes survive the failed restore: %v", survivors(c))
+		}
+		c.restore()
+	}
+	c.progress(5)
+}
+
+// complete tells whether the restore was over before it was cut short: then the
+// container goes on, else runc knows none or a stopped one before long.
+func (c *container) complete() bool {
+	c.t.Helper()
+	rounds, alive := c.rounds(), false
 	waitFor(func() bool {
 		alive = c.rounds() > rounds+2
 		r := c.tryRunc("state", c.id)
 		return alive || r.code != 0 || strings.Contains(r.stdout, string(specs.StateStopped))
 	})
 	return alive
+}
+
+// survivors lists the pids in whatever cgroups the container still has.
+func survivors(c *container) (pids []string) {
+	for _, leak := range leakedCgroups(c) {
+		dir := strings.TrimPrefix(leak, "cgroup ")
+		data, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		pids = append(pids, strings.Fields(string(data))...)
+	}
+	return pids
 }

@@ -23,7 +23,7 @@ type program struct {
 
 var programs = []program{
 	{name: "tree", options: []option{withArgs("/bin/tree.sh")}},
-	{name: "threads", options: []option{withArgs("/bin/threads")}},
+	{name: "threads", options: []option{withArgs("/bin/threads"), withVaryingThreads()}},
 	{name: "memory", options: []option{withArgs("/bin/memory")}},
 	{name: "sleepers", neverPaused: true, options: []option{
 		withArgs(append([]string{"/bin/sleepers"}, sleeps...)...), withVaryingThreads(),

@@ -8,11 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // mustRefuse asserts how ocickpt says no: exit status 1 and one line on
@@ -40,20 +42,20 @@ func TestRefusedCheckpoint(t *testing.T) {
 		c.mustBe(specs.StateRunning)
 		c.progress(5)
 	}
-	t.Run("unknown id", func(t *testing.T) {
+	c.step(t, "unknown id", func(t *testing.T) {
 		c.ocickpt("checkpoint", "--image-path", c.newImage(), "nobody").mustRefuse(t, "nobody")
 		absent(t, c.image())
 		untouched(t)
 	})
-	t.Run("unwritable path", func(t *testing.T) {
+	c.step(t, "unwritable path", func(t *testing.T) {
 		c.ocickpt("checkpoint", "--image-path", "/proc/image", c.id).mustRefuse(t, "/proc/image")
 		untouched(t)
 	})
-	t.Run("full disk", func(t *testing.T) {
+	c.step(t, "full disk", func(t *testing.T) {
 		c.ocickpt("checkpoint", "--image", "/dev/full", c.id).mustRefuse(t)
 		untouched(t)
 	})
-	t.Run("closed pipe", func(t *testing.T) {
+	c.step(t, "closed pipe", func(t *testing.T) {
 		reader, writer, err := os.Pipe()
 		c.must(err)
 		reader.Close()
@@ -62,17 +64,20 @@ func TestRefusedCheckpoint(t *testing.T) {
 			"checkpoint", "--image", "-", c.id).mustRefuse(t)
 		untouched(t)
 	})
-	t.Run("exec process", func(t *testing.T) {
+	c.step(t, "exec process", func(t *testing.T) {
 		pidFile := filepath.Join(c.dir, "exec.pid")
 		c.runc("exec", "-d", "--pid-file", pidFile, c.id, "sleep", "1000")
-		pid, err := os.ReadFile(pidFile)
+		text, err := os.ReadFile(pidFile)
 		c.must(err)
-		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, string(pid))
+		pid, err := strconv.Atoi(string(text))
+		c.must(err)
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, string(text))
 		absent(t, filepath.Join(c.image(), "checkpoint.img"))
 		untouched(t)
-		c.exec("pkill", "-f", "^sleep 1000$")
+		c.must(unix.Kill(pid, unix.SIGKILL))
+		reap(pid) // its parent was runc exec, so it is the test's child
 	})
-	t.Run("stopped container", func(t *testing.T) {
+	c.step(t, "stopped container", func(t *testing.T) {
 		c.runc("kill", c.id, "KILL")
 		<-c.gone
 		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "stopped")
@@ -128,7 +133,7 @@ func TestRefusedRestore(t *testing.T) {
 		"other architecture": reforge(t, data, image.TypeArch, "x86_64", "mips64"),
 	}
 	for name, bad := range damaged {
-		t.Run(name, func(t *testing.T) {
+		c.step(t, name, func(t *testing.T) {
 			path := filepath.Join(c.dir, "damaged.img")
 			c.must(os.WriteFile(path, bad, 0o600))
 			c.tryRestoreFile(path, c.bundle).mustRefuse(t)
@@ -137,13 +142,13 @@ func TestRefusedRestore(t *testing.T) {
 			}
 		})
 	}
-	t.Run("missing image", func(t *testing.T) {
+	c.step(t, "missing image", func(t *testing.T) {
 		c.tryRestoreFile("/nowhere.img", c.bundle).mustRefuse(t, "/nowhere.img")
 	})
-	t.Run("missing bundle", func(t *testing.T) {
+	c.step(t, "missing bundle", func(t *testing.T) {
 		c.tryRestoreFile(good, "/nowhere").mustRefuse(t, "/nowhere")
 	})
-	t.Run("existing id", func(t *testing.T) {
+	c.step(t, "existing id", func(t *testing.T) {
 		c.restore()
 		c.progress(10)
 		c.tryRestoreFile(good, c.bundle).mustRefuse(t, c.id)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	goruntime "runtime"
 	"slices"
 	"time"
@@ -435,39 +436,38 @@ func (k *checkpoint) release(context.Context) error {
 	return err
 }
 
-// kill ends every process. They are ours to reap before their parents can, for
-// a tracer is told first; the init of a pid namespace dies last.
+// kill ends every process and reaps it: a tracer is told before the parents.
 func (k *checkpoint) kill() {
-	pids := k.pids()
-	for _, pid := range pids {
+	for _, pid := range k.pids() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
-	for _, leaders := range []bool{false, true} {
-		for _, t := range k.held {
-			if (t.Tid == t.Pid) == leaders && t.Pid != k.c.initPid {
-				reap(t.Tid)
-			}
-		}
-	}
-	for _, t := range k.held {
-		if t.Pid == k.c.initPid && t.Tid != t.Pid {
-			reap(t.Tid)
-		}
-	}
-	reap(k.c.initPid)
+	reapAll(slices.Collect(maps.Keys(k.held)))
 	k.held = map[int]*tracee.Thread{}
 }
 
-// reap waits until a killed task is gone.
-func reap(tid int) {
-	for {
-		var status unix.WaitStatus
-		if _, err := unix.Wait4(tid, &status, unix.WALL, nil); err == unix.EINTR {
-			continue
-		} else if err != nil || status.Exited() || status.Signaled() {
-			return
+// reapAll waits until killed tasks are gone. There is no order in which to wait
+// for one after the other: a leader is not reported before its last thread is
+// reaped, and the last thread of a pid namespace's init waits until all other
+// tasks in it are (zap_pid_ns_processes in kernel/pid_namespace.c).
+func reapAll(tids []int) {
+	for nap := 20 * time.Microsecond; len(tids) > 0; nap = min(2*nap, time.Millisecond) {
+		left := len(tids)
+		tids = slices.DeleteFunc(tids, reaped)
+		if len(tids) == left {
+			time.Sleep(nap)
 		}
 	}
+}
+
+// reaped collects a task that has ended; it is true also for one that is not
+// ours to wait for any more.
+func reaped(tid int) bool {
+	var status unix.WaitStatus
+	got, err := unix.Wait4(tid, &status, unix.WALL|unix.WNOHANG, nil)
+	if err != nil {
+		return err != unix.EINTR
+	}
+	return got == tid && (status.Exited() || status.Signaled())
 }
 
 // settleAfter does what takes time, when nobody waits any more.

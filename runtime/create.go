@@ -19,6 +19,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/guardian"
+	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -268,13 +269,24 @@ func (m *made) destroy() error {
 	}
 	if m.process != nil {
 		if pid, err := m.process.Pid(); err == nil && pid > 0 {
+			tids := m.tasks()
 			_ = unix.Kill(pid, unix.SIGKILL)
-			reap(pid)
+			reapAll(append(tids, pid))
 		}
 	}
 	err := m.lib.Destroy()
 	m.lib = nil
 	return err
+}
+
+// tasks lists every thread in the container's cgroup.
+func (m *made) tasks() (tids []int) {
+	pids, _ := m.lib.Processes()
+	for _, pid := range pids {
+		more, _ := task.Threads(pid)
+		tids = append(tids, more...)
+	}
+	return tids
 }
 
 // Pid is the container's init on the host.

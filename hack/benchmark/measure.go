@@ -161,45 +161,39 @@ func (b *box) run(name string, args ...string) (time.Duration, int64, error) {
 	return took, usage.Maxrss * 1024, nil // Maxrss counts KiB
 }
 
-// watchStop looks from outside how long the task with a pid stands still: from
-// its first look at it frozen (D) or in a tracing stop (t) to the task's end.
-// Its resolution is the quarter of a millisecond between two looks. The
-// function returned waits for the end.
+// watchStop looks from outside how long the task with a pid stands still, frozen
+// (D) or in a tracing stop (t): the longest such time until the task ends. Its
+// resolution is the quarter of a millisecond between two looks. The function
+// returned ends the watch when the task is still there.
 func watchStop(pid int) func() time.Duration {
-	done := make(chan time.Duration, 1)
-	quit := make(chan struct{})
+	result, quit := make(chan time.Duration, 1), make(chan struct{})
 	go func() {
-		var first time.Time
+		var since time.Time
+		var longest time.Duration
 		for {
 			state := taskState(pid)
-			switch {
-			case state == 0, state == 'Z', state == 'X':
-				if first.IsZero() {
-					first = time.Now()
-				}
-				done <- time.Since(first)
+			switch still := state == 't' || state == 'D'; {
+			case still && since.IsZero():
+				since = time.Now()
+			case !still && !since.IsZero():
+				longest = max(longest, time.Since(since))
+				since = time.Time{}
+			}
+			if state == 0 || state == 'Z' || state == 'X' {
+				result <- longest
 				return
-			case (state == 't' || state == 'D') && first.IsZero():
-				first = time.Now()
-			case state == 'S' || state == 'R':
-				first = time.Time{}
 			}
 			select {
 			case <-quit:
-				done <- 0
+				result <- longest
 				return
 			case <-time.After(250 * time.Microsecond):
 			}
 		}
 	}()
 	return func() time.Duration {
-		select {
-		case d := <-done:
-			return d
-		case <-time.After(5 * time.Second):
-			close(quit)
-			return <-done
-		}
+		close(quit)
+		return <-result
 	}
 }
 
@@ -257,8 +251,8 @@ func criuBroken(dir string) error {
 		return err
 	}
 	if _, err := measure(dir, workload{name: "probe"}, runc); err != nil {
-		first, _, _ := strings.Cut(err.Error(), "\n")
-		return errors.New(first)
+		lines := strings.Split(err.Error(), "\n")
+		return errors.New(lines[len(lines)-1])
 	}
 	return nil
 }

@@ -45,6 +45,10 @@ const (
 //     interrupted, and nobody can write that back;
 //   - must not block, nor touch the program's own handlers, mask or memory.
 //
+// A seccomp filter is suspended while we trace (LiveOptions), not afterwards: to
+// survive our death in mid-batch, a thread must be allowed by its filter what
+// is left of the batch, tgkill to itself, munmap and rt_sigprocmask.
+//
 // All threads of the process are stopped by the caller, and none was Busy,
 // before the first Run and until the last. A Live is for one OS thread, the
 // tracer's, and for one stop of the process: it does not survive its execve.
@@ -377,7 +381,7 @@ func (v *visit) advance(place uint64) error {
 			return err
 		}
 		here := v.now.Rip == v.slot+place
-		if !v.live.cave.contains(v.now.Rip) {
+		if v.now.Rip-v.slot > places.unmapped { // outside too
 			return v.escaped(s)
 		}
 		sig = 0
@@ -402,18 +406,20 @@ func (v *visit) advance(place uint64) error {
 	}
 }
 
-// escaped is for a thread that made its reports without stopping, and so has
-// restored itself: nothing is to be put back any more. What it has stopped for
-// since then, a signal of its own perhaps, it gets.
+// escaped is for a thread that made its reports without stopping: it is in the
+// cure or behind it. If it has stopped there for a signal of its own, it gets
+// it, but not before its registers: no handler is to return to a slot that we
+// are about to empty.
 func (v *visit) escaped(s Stop) error {
-	v.entered, v.stepping, v.page = false, false, 0
-	err := v.Interrupt()
-	if err == nil && s.Event == 0 && !s.Syscall() {
-		if err = v.Cont(s.Signal); err == nil {
-			err = v.WaitInterrupt(time.Second)
-		}
+	var errs []error
+	if v.live.cave.contains(v.now.Rip) {
+		errs = append(errs, v.SetSigMask(v.mask), v.SetRegs(v.own))
 	}
-	return errors.Join(&StopError{v.Tid, s}, err)
+	v.entered, v.stepping, v.page = false, false, 0
+	if s.Event == 0 && !s.Syscall() {
+		errs = append(errs, v.Interrupt(), v.Cont(s.Signal), v.WaitInterrupt(time.Second))
+	}
+	return errors.Join(append(errs, &StopError{v.Tid, s})...)
 }
 
 // heedStop prepares for the delivery of a SIGSTOP, which cannot be blocked. It

@@ -161,7 +161,9 @@ func (g *target) eventually(what string, ok func() bool) {
 	for deadline := time.Now().Add(3 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		g.alive()
 		if time.Now().After(deadline) {
-			g.t.Fatalf("target is not %s", what)
+			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", g.pid))
+			call, _ := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", g.pid))
+			g.t.Fatalf("target is not %s:\n%s%s", what, status, call)
 		}
 	}
 }
@@ -555,7 +557,7 @@ func TestKilledAtRandom(t *testing.T) {
 	targets[1].undisturbed(0)
 	sameMaps(t, before, targets[0])
 	busy := cpuTime(t, busybox.pid)
-	busybox.eventually("going on", func() bool { return cpuTime(t, busybox.pid) > busy })
+	busybox.eventually("going on", func() bool { return cpuTime(t, busybox.pid) != busy })
 }
 
 // slots is what tracers that died within a Run have left in a process.
@@ -573,6 +575,7 @@ func slots(t *testing.T, pid int) string {
 	return string(b)
 }
 
+// cpuTime is the processor time a process has had in user space, in ticks.
 func cpuTime(t *testing.T, pid int) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
