@@ -31,7 +31,7 @@ func (r *Reader) each(visit func(*Content)) error {
 	for {
 		c, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			return r.atEnd()
+			return r.AtEnd()
 		}
 		if err != nil {
 			return err
@@ -41,8 +41,9 @@ func (r *Reader) each(visit func(*Content)) error {
 	}
 }
 
-// atEnd checks that the stream ends after its trailer.
-func (r *Reader) atEnd() error {
+// AtEnd checks that the stream ends after its trailer. On a pipe it waits until
+// the writer closes its end.
+func (r *Reader) AtEnd() error {
 	var b [1]byte
 	at := r.src.offset
 	switch n, err := r.src.read(b[:]); {

@@ -34,7 +34,7 @@ var programs = []program{
 		withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),
 	}},
-	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed")}, neverPaused: true},
+	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),

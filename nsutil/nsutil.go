@@ -1,9 +1,10 @@
-// Package nsutil identifies namespaces.
+// Package nsutil identifies and enters namespaces.
 package nsutil
 
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -94,4 +95,33 @@ func TimeOffsets(pid int) (monotonic, boottime int64, err error) {
 		}
 	}
 	return monotonic, boottime, nil
+}
+
+// Inside runs f on a thread of its own inside the namespace at path (setns(2)).
+// The thread ends afterwards instead of coming back, so that nothing else ever
+// runs in the wrong namespace.
+func Inside(path string, f func() error) (err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		err = enter(path)
+		if err == nil {
+			err = f()
+		}
+	}()
+	<-done
+	return err
+}
+
+func enter(path string) error {
+	ns, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := unix.Setns(int(ns.Fd()), 0); err != nil {
+		return fmt.Errorf("enter %s: %w", path, err)
+	}
+	return nil
 }

@@ -74,7 +74,6 @@ type checkpoint struct {
 	live     map[int]*tracee.Live   // by host pid
 	mayVfork bool
 	culprit  *tracee.Thread
-	calls    map[int]string // kernelCalls
 
 	census *census
 	tree   image.Tree
@@ -220,7 +219,6 @@ func (k *checkpoint) survey(context.Context) error {
 	if err := n.checkRoots(k.c); err != nil {
 		return err
 	}
-	k.calls = kernelCalls(n)
 	var size int64
 	for _, p := range n.procs {
 		s, err := mm.Resident(p.pid)
@@ -290,7 +288,7 @@ func (k *checkpoint) collectTask(p *process) error {
 	p.live = k.live[p.pid]
 	src := &task.Source{
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
-		Maps: k.c.maps, KernelCalls: k.calls,
+		Maps: k.c.maps,
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)
 			if err != nil {

@@ -58,14 +58,16 @@ func createContainer(r *restore) (m *made, err error) {
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}
-	if _, err := r.guard.Promise(guardian.RemoveTree(filepath.Join(r.Root, r.ID))); err != nil {
-		return nil, err
-	}
 	if m.lib, err = libcontainer.Create(r.Root, r.ID, stubConfig(config)); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			err = &fail.Error{Cause: fmt.Errorf("a container with id %q exists already", r.ID), Remedy: "choose another id, or delete that one"}
 		}
 		return nil, err
+	}
+	// Only now: before, the directory could have been another container's. One
+	// that is left behind in between is empty, and cleared by the next restore.
+	if _, err := r.guard.Promise(guardian.RemoveTree(filepath.Join(r.Root, r.ID))); err != nil {
+		return nil, errors.Join(err, m.destroy())
 	}
 	if err := m.start(r); err != nil {
 		return nil, errors.Join(err, m.destroy())

@@ -3,8 +3,6 @@ package runtime
 import (
 	"fmt"
 	"net"
-	"os"
-	goruntime "runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -21,7 +19,7 @@ func (c *container) readLinks() error {
 			return nil
 		}
 	}
-	return inNetNS(nsutil.Path(c.initPid, "net"), func() error {
+	return nsutil.Inside(nsutil.Path(c.initPid, "net"), func() error {
 		ifs, err := net.Interfaces()
 		if err != nil {
 			return err
@@ -49,28 +47,6 @@ func (c *container) readLinks() error {
 	})
 }
 
-// inNetNS runs f on a thread of its own inside a network namespace. The thread
-// ends afterwards instead of coming back.
-func inNetNS(path string, f func() error) (err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		goruntime.LockOSThread()
-		var ns *os.File
-		if ns, err = os.Open(path); err != nil {
-			return
-		}
-		defer ns.Close()
-		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			err = fmt.Errorf("enter %s: %w", path, err)
-			return
-		}
-		err = f()
-	}()
-	<-done
-	return err
-}
-
 // restoreLinks brings the loopback up if it was. A new network namespace has
 // it down, and listeners on its addresses need it.
 func restoreLinks(pid int, links []image.Link) error {
@@ -78,7 +54,7 @@ func restoreLinks(pid int, links []image.Link) error {
 		if l.Type != "loopback" || !l.Up {
 			continue
 		}
-		return inNetNS(nsutil.Path(pid, "net"), func() error { return linkUp(l.Name) })
+		return nsutil.Inside(nsutil.Path(pid, "net"), func() error { return linkUp(l.Name) })
 	}
 	return nil
 }

@@ -40,6 +40,11 @@ func checkMounts(c *container, config *configs.Config) error {
 		if !expected[m.Point] && !below(m.Point, config, "cgroup") && m.Point != "/dev/console" {
 			return fail.Refuse("mount "+m.Point, "the container mounted this "+m.FSType+" itself; such mounts are not supported yet", "unmount it before the checkpoint")
 		}
+		if m.FSType == "mqueue" {
+			if err := c.checkEmpty(m.Point, "mqueue", nil); err != nil {
+				return err
+			}
+		}
 		if m.FSType != "tmpfs" || m.Root != "/" || slices.Contains(config.MaskPaths, m.Point) {
 			continue
 		}
@@ -47,7 +52,7 @@ func checkMounts(c *container, config *configs.Config) error {
 		if m.Point != "/dev" {
 			known = c.mountPointsIn(m.Point)
 		}
-		if err := c.checkTmpfs(m.Point, known); err != nil {
+		if err := c.checkEmpty(m.Point, "tmpfs", known); err != nil {
 			return err
 		}
 	}
@@ -77,25 +82,26 @@ func (c *container) mountPointsIn(dir string) (names []string) {
 	return names
 }
 
-// checkTmpfs refuses a tmpfs that holds anything the engine has not put there.
-func (c *container) checkTmpfs(point string, known []string) error {
+// checkEmpty refuses a file system in memory that holds anything the engine has
+// not put there.
+func (c *container) checkEmpty(point, kind string, known []string) error {
 	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
 	fd, err := unix.Openat2(int(c.root.Fd()), point, &how)
 	if err != nil {
-		return fail.On("tmpfs "+point, fmt.Errorf("look into it: %w", err))
+		return fail.On(kind+" "+point, fmt.Errorf("look into it: %w", err))
 	}
 	dir := os.NewFile(uintptr(fd), point)
 	defer dir.Close()
 	entries, err := dir.ReadDir(-1)
 	if err != nil {
-		return fail.On("tmpfs "+point, err)
+		return fail.On(kind+" "+point, err)
 	}
 	for _, e := range entries {
 		if e.Type()&os.ModeSymlink != 0 && strings.HasPrefix(point, "/sys/fs/cgroup") {
 			continue
 		}
 		if !slices.Contains(known, e.Name()) {
-			return fail.Refuse("tmpfs "+point, "it holds "+filepath.Join(point, e.Name())+", and files in memory are not supported yet", "remove it, or put it on the container's root")
+			return fail.Refuse(kind+" "+point, "it holds "+filepath.Join(point, e.Name())+", and files in memory are not supported yet", "remove it, or put it on the container's root")
 		}
 	}
 	return nil

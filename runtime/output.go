@@ -34,6 +34,9 @@ func openOutput(path string, w io.Writer, guard *guardian.Guardian) (*output, er
 		f, err := os.OpenFile(path, os.O_WRONLY, 0) // a fifo or device is written as it is
 		return &output{Writer: f, file: f}, err
 	}
+	if err := makeDir(filepath.Dir(path), guard); err != nil {
+		return nil, err
+	}
 	beside := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
 	entry, err := guard.Promise(guardian.Remove(beside))
 	if err != nil {
@@ -44,6 +47,20 @@ func openOutput(path string, w io.Writer, guard *guardian.Guardian) (*output, er
 		return nil, err
 	}
 	return &output{Writer: f, path: path, file: f, entry: entry}, nil
+}
+
+// makeDir makes the image directory, and takes it back if nothing comes of it.
+func makeDir(dir string, guard *guardian.Guardian) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	if _, err := guard.Promise(guardian.Remove(dir)); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("image path: %w", err)
+	}
+	return nil
 }
 
 // spare is how much room an image takes besides page contents.

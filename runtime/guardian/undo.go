@@ -133,7 +133,7 @@ func (u Undo) Do() error {
 	case kindWrite:
 		err = write(u.path(), u.Value)
 	case kindRemove:
-		err = unix.Unlink(u.path())
+		err = os.Remove(u.path())
 	case kindRemoveTree:
 		err = removeTree(u.path())
 	case kindRemoveCgroups:

@@ -3,7 +3,9 @@ package mm
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -95,15 +97,19 @@ func describe(a *image.Area) string {
 	return fmt.Sprintf("memory at %x-%x %s", a.Start, a.End, a.Name)
 }
 
-// mapArea adds the calls that map one area. Private ones are writable until
-// their contents are in (Protect gives them their own protection).
+// mapArea adds the calls that map one area. Private ones that have ever been
+// writable ("ac": their pages are accounted for) are so until their contents
+// are in; Protect gives them their own protection. The others must not be: the
+// kernel would account for them, and join them with neighbours.
 func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 	flags, fd, prot := uint64(unix.MAP_FIXED_NOREPLACE), ^uint64(0), uint64(a.Prot)
 	if a.Shared {
 		flags |= unix.MAP_SHARED
 	} else {
 		flags |= unix.MAP_PRIVATE
-		prot |= unix.PROT_WRITE | unix.PROT_READ
+		if opened(a) {
+			prot |= unix.PROT_WRITE | unix.PROT_READ
+		}
 	}
 	switch a.Kind {
 	case image.AreaVDSO:
@@ -133,6 +139,15 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 	b.Add(unix.SYS_MMAP, tracee.W(a.Start), tracee.W(a.End-a.Start), tracee.W(prot), tracee.W(flags), tracee.W(fd), tracee.W(a.Offset))
 	return nil
 }
+
+// opened reports an area that is mapped with more rights than its own at first.
+func opened(a *image.Area) bool {
+	const both = unix.PROT_READ | unix.PROT_WRITE
+	return !a.Shared && a.Prot&both != both && slices.Contains(a.Flags, accounted)
+}
+
+// accounted is the VmFlag VM_ACCOUNT.
+const accounted = "ac"
 
 // mapFlag and advice give the VmFlags of smaps back the way they came.
 var (
@@ -201,7 +216,7 @@ func Protect(b *tracee.Batch, m *image.MM) {
 			continue
 		}
 		at, size := tracee.W(a.Start), tracee.W(a.End-a.Start)
-		if !a.Shared && a.Prot&(unix.PROT_READ|unix.PROT_WRITE) != unix.PROT_READ|unix.PROT_WRITE {
+		if opened(a) {
 			b.Add(unix.SYS_MPROTECT, at, size, tracee.W(a.Prot))
 		}
 		for _, f := range a.Flags {
@@ -277,5 +292,21 @@ func (f *Filler) write(ref image.Ref, addr uint64, b []byte) error {
 	if !ok {
 		return fmt.Errorf("pages for object %d, which has no memory", ref)
 	}
-	return tracee.WriteMemory(pid, addr, b)
+	err := tracee.WriteMemory(pid, addr, b)
+	if errors.Is(err, unix.EFAULT) {
+		return force(pid, addr, b)
+	}
+	return err
+}
+
+// force writes where the task itself may not: pages that a debugger has changed
+// in memory that was never writable. It is slow, and rare.
+func force(pid int, addr uint64, b []byte) error {
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteAt(b, int64(addr))
+	return err
 }

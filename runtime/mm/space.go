@@ -63,7 +63,7 @@ type source struct {
 
 // restorable are the VmFlags that a mapping is given again, with the
 // madvise(2), mmap(2) or mlock(2) that sets them.
-var restorable = []string{"gd", "lo", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr"}
+var restorable = []string{"gd", "lo", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", accounted}
 
 // refused are the VmFlags of mappings that cannot be made again.
 var refused = map[string]string{

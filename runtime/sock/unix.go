@@ -4,12 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
-	"runtime"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -70,26 +69,13 @@ const (
 )
 
 // queue asks how many connections wait at a listening unix socket and what its
-// backlog is. Only sock_diag(7) tells, inside the socket's network namespace;
-// the thread that enters it ends there.
+// backlog is. Only sock_diag(7) tells, inside the socket's network namespace.
 func queue(netns string, inode uint64) (waiting, backlog uint32, err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread is in another namespace
-		ns, e := os.Open(netns)
-		if e != nil {
-			err = e
-			return
-		}
-		defer ns.Close()
-		if e := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); e != nil {
-			err = fmt.Errorf("enter %s: %w", netns, e)
-			return
-		}
+	err = nsutil.Inside(netns, func() error {
+		var err error
 		waiting, backlog, err = diagnose(inode)
-	}()
-	<-done
+		return err
+	})
 	return waiting, backlog, err
 }
 

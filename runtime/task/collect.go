@@ -24,9 +24,6 @@ type Source struct {
 	Maps    IDMaps
 	// InnerTid translates a host tid of the container.
 	InnerTid func(host int) int
-	// KernelCalls holds, by host tid, the kernel function of threads that were
-	// seen in restart_syscall(2) before the stop.
-	KernelCalls map[int]string
 }
 
 // State is what Collect found.
@@ -122,7 +119,7 @@ func (s *Source) registers(i int, rec *image.Thread) error {
 			return err
 		}
 	}
-	if rec.Restart, err = restartOf(t, &r, s.KernelCalls[t.Tid]); err != nil {
+	if rec.Restart, err = restartOf(t, &r); err != nil {
 		return err
 	}
 	if r, err = t.ResumeRegs(r); err != nil {

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"encoding/binary"
 	"fmt"
 	"time"
 
@@ -21,44 +22,79 @@ import (
 const (
 	futexCommand = 0x7f
 	futexWait    = 0
+
+	futexWaitBitset = 9
 )
 
 // restartOf records the call a thread was interrupted in. Where the kernel has
 // told the program how much time was left (the second timespec of a sleep), or
 // the time is absolute, it is exact; otherwise it is the call's full time.
-// kernelCall is what the thread was seen doing in the kernel before the stop,
-// which tells calls apart that are being restarted already.
-func restartOf(t *tracee.Thread, r *tracee.Regs, kernelCall string) (*image.Restart, error) {
+func restartOf(t *tracee.Thread, r *tracee.Regs) (*image.Restart, error) {
 	if !r.NeedsRestartBlock() {
 		return nil, nil
 	}
 	nr, _, _ := r.Syscall()
-	args := r.Args()
 	if nr == unix.SYS_RESTART_SYSCALL {
-		nr = restartedCall(kernelCall, args)
+		nr = restartedCall(t, r)
 	}
-	left, err := timeLeft(t, nr, args)
+	left, err := timeLeft(t, nr, r.Args())
 	if err != nil {
 		return nil, err
 	}
 	return &image.Restart{Nr: nr, Left: left}, nil
 }
 
-// restartedCall guesses the call behind restart_syscall(2) by the kernel
-// function the thread slept in. A clock id is never a valid pointer.
-func restartedCall(kernelCall string, args [6]uint64) uint64 {
-	switch kernelCall {
-	case "hrtimer_nanosleep", "do_nanosleep", "common_nsleep", "hrtimer_nanosleep_restart":
-		if args[0] < 16 {
-			return unix.SYS_CLOCK_NANOSLEEP
+// restartedCall tells the call behind restart_syscall(2). A call that has been
+// restarted before has lost its number, but not its arguments, and the
+// instructions in front of it still load the number, as far as it is a constant
+// there; libraries with one syscall instruction for all calls leave only the
+// arguments.
+func restartedCall(t *tracee.Thread, r *tracee.Regs) uint64 {
+	args := r.Args()
+	var fitting []uint64
+	for _, nr := range []uint64{unix.SYS_FUTEX, unix.SYS_CLOCK_NANOSLEEP, unix.SYS_NANOSLEEP, unix.SYS_POLL} {
+		if fits(t, nr, args) {
+			fitting = append(fitting, nr)
 		}
-		return unix.SYS_NANOSLEEP
-	case "do_poll", "do_sys_poll", "poll_schedule_timeout", "do_restart_poll", "do_sys_poll.constprop.0", "poll_schedule_timeout.constprop.0":
-		return unix.SYS_POLL
-	case "futex_wait", "futex_wait_queue", "__futex_wait", "futex_wait_queue_me", "futex_do_wait", "futex_wait_restart":
-		return unix.SYS_FUTEX
+	}
+	if nr, ok := t.LoadedNumber(r, fitting); ok {
+		return nr
+	}
+	if len(fitting) > 0 {
+		return fitting[0] // the most demanding one comes first
 	}
 	return unix.SYS_RESTART_SYSCALL
+}
+
+// fits reports whether arguments can be those of a call that has gone to sleep.
+func fits(t *tracee.Thread, nr uint64, a [6]uint64) bool {
+	const (
+		maxClock   = 16        // clock ids are small, and never valid addresses
+		lowestPage = 1 << 12   // nothing is mapped below
+		futexFlags = 128 | 256 // FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
+	)
+	timespec := func(addr uint64) bool {
+		ns, err := readTimespec(t, addr)
+		return err == nil && ns >= 0
+	}
+	switch nr {
+	case unix.SYS_CLOCK_NANOSLEEP:
+		return a[0] < maxClock && a[1] == 0 && timespec(a[2])
+	case unix.SYS_NANOSLEEP:
+		return (a[1] == 0 || a[1] >= lowestPage) && timespec(a[0])
+	case unix.SYS_POLL:
+		return a[1] < 1<<20 && (a[1] == 0) == (a[0] < lowestPage)
+	case unix.SYS_FUTEX:
+		op := a[1] &^ futexFlags
+		if a[0]%4 != 0 || op != futexWait && op != futexWaitBitset || !timespec(a[3]) {
+			return false
+		}
+		// With no flag the operation could also be nanosleep's null pointer,
+		// but then the word is hardly the value that the futex had.
+		var word [4]byte
+		return a[1] != futexWait || t.Read(a[0], word[:]) == nil && binary.LittleEndian.Uint32(word[:]) == uint32(a[2])
+	}
+	return false
 }
 
 func timeLeft(t *tracee.Thread, nr uint64, args [6]uint64) (int64, error) {
@@ -92,6 +128,9 @@ func readTimespec(t *tracee.Thread, addr uint64) (int64, error) {
 	var b [16]byte
 	if err := t.Read(addr, b[:]); err != nil {
 		return 0, fail.Refuse("interrupted system call", "its time-out cannot be read: "+err.Error(), "try again in a moment")
+	}
+	if nsec := int64(binary.LittleEndian.Uint64(b[8:])); nsec < 0 || nsec >= second {
+		return 0, fail.Refuse("interrupted system call", "its time-out is not a valid time", "")
 	}
 	return pair(b[:], second), nil
 }

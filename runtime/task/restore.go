@@ -66,6 +66,7 @@ func RestoreLast(b *tracee.Batch, t *image.Task) {
 	restoreTimers(b, t.Timers)
 	restoreITimers(b, t.ITimers)
 	restorePending(b, t.Pid, t.Pid, t.Pending, true)
+	restoreLimits(b, t.Rlimits)
 }
 
 // RestoreThreadLast adds the calls that come last in a thread.

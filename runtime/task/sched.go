@@ -1,9 +1,10 @@
 package task
 
 import (
+	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
+	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -67,31 +68,50 @@ func restoreScheduling(b *tracee.Batch, t *image.Thread) {
 
 const rlimits = 16 // RLIM_NLIMITS
 
-// resourceLimits reads a process's resource limits.
+// limitNames are the rows of /proc/PID/limits in the order of RLIMIT_*.
+var limitNames = [rlimits]string{
+	"Max cpu time", "Max file size", "Max data size", "Max stack size", "Max core file size", "Max resident set",
+	"Max processes", "Max open files", "Max locked memory", "Max address space", "Max file locks", "Max pending signals",
+	"Max msgqueue size", "Max nice priority", "Max realtime priority", "Max realtime timeout",
+}
+
+// resourceLimits reads a process's resource limits. prlimit(2) would take
+// CAP_SYS_RESOURCE for a process of another user; the file does not.
 func resourceLimits(pid int) ([]image.Rlimit, error) {
+	b, err := readProc(pid, "limits")
+	if err != nil {
+		return nil, err
+	}
 	out := make([]image.Rlimit, rlimits)
-	for i := range out {
-		var l unix.Rlimit
-		if err := unix.Prlimit(pid, i, nil, &l); err != nil {
-			return nil, fmt.Errorf("prlimit %d: %w", i, err)
+	for i, name := range limitNames {
+		_, rest, ok := bytes.Cut(b, []byte(name+" "))
+		if !ok {
+			return nil, fmt.Errorf("/proc/%d/limits: no %q", pid, name)
 		}
-		out[i] = image.Rlimit{Cur: l.Cur, Max: l.Max}
+		var soft, hard string
+		if _, err := fmt.Sscan(string(rest[:min(len(rest), 60)]), &soft, &hard); err != nil {
+			return nil, fmt.Errorf("/proc/%d/limits: %q: %w", pid, name, err)
+		}
+		out[i] = image.Rlimit{Cur: limit(soft), Max: limit(hard)}
 	}
 	return out, nil
 }
 
-// RestoreLimits sets a process's resource limits. It is among the last things,
-// for our own work must not run into them. Raising a hard limit takes
-// CAP_SYS_RESOURCE: without it a limit below ours is refused by the kernel.
-func RestoreLimits(pid int, limits []image.Rlimit) error {
-	for i, l := range limits {
-		set := unix.Rlimit{Cur: l.Cur, Max: l.Max}
-		if err := unix.Prlimit(pid, i, &set, nil); err != nil {
-			if errors.Is(err, unix.EPERM) {
-				err = fmt.Errorf("%w (raising a hard limit takes CAP_SYS_RESOURCE)", err)
-			}
-			return fmt.Errorf("resource limit %d to %d/%d: %w", i, l.Cur, l.Max, err)
-		}
+func limit(s string) uint64 {
+	v, err := strconv.ParseUint(s, 10, 64)
+	if err != nil { // "unlimited"
+		return unix.RLIM_INFINITY
 	}
-	return nil
+	return v
+}
+
+// restoreLimits adds the calls that set the process's resource limits. They
+// come last in a process, for our own work must not run into them. Raising a
+// hard limit above the restoring process's takes CAP_SYS_RESOURCE.
+func restoreLimits(b *tracee.Batch, limits []image.Rlimit) {
+	for i, l := range limits {
+		raw := binary.LittleEndian.AppendUint64(nil, l.Cur)
+		raw = binary.LittleEndian.AppendUint64(raw, l.Max)
+		b.Add(unix.SYS_SETRLIMIT, tracee.W(i), b.Put(raw))
+	}
 }

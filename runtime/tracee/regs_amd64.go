@@ -2,6 +2,7 @@ package tracee
 
 import (
 	"encoding/binary"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -93,6 +94,26 @@ func (r *Regs) NeedsRestartBlock() bool {
 func (r *Regs) Reenter() {
 	r.Rax, r.Orig_rax = r.Orig_rax, noSyscall
 	r.Rip -= syscallInsnSize
+}
+
+// LoadedNumber looks for the instruction (mov $nr, %eax) that loads one of the
+// given system call numbers shortly before the syscall instruction that the
+// thread has just executed. The nearest one counts.
+func (t *Thread) LoadedNumber(r *Regs, numbers []uint64) (nr uint64, ok bool) {
+	const movEAX = 0xb8
+	code := make([]byte, 48)
+	if t.Read(r.Rip-syscallInsnSize-uint64(len(code)), code) != nil {
+		return 0, false
+	}
+	for i := len(code) - 5; i >= 0; i-- {
+		if code[i] != movEAX {
+			continue
+		}
+		if n := uint64(binary.LittleEndian.Uint32(code[i+1:])); slices.Contains(numbers, n) {
+			return n, true
+		}
+	}
+	return 0, false
 }
 
 // Resumed returns the registers of a thread that has been put back into call
