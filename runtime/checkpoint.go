@@ -17,11 +17,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/fault"
 	"github.com/ocickpt/ocickpt/runtime/guardian"
+	"github.com/ocickpt/ocickpt/runtime/halt"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/task"
@@ -70,20 +70,11 @@ type checkpoint struct {
 	thaw    guardian.Entry
 	quota   []lifted
 
-	held     map[int]*tracee.Thread // by host tid
-	live     map[int]*tracee.Live   // by host pid
-	mayVfork bool
-	culprit  *tracee.Thread
-
+	halt   *halt.Halt
 	census *census
 	tree   image.Tree
 	w      *image.Writer
 	wrote  bool
-}
-
-type lifted struct {
-	entry guardian.Entry
-	limit cgroupfreeze.Limit
 }
 
 // headRecords are the records that are the same for every container.
@@ -124,7 +115,7 @@ func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
 	goruntime.LockOSThread()
 	defer goruntime.UnlockOSThread()
 	begin := time.Now()
-	k := &checkpoint{CheckpointOptions: o, held: map[int]*tracee.Thread{}, live: map[int]*tracee.Live{}}
+	k := &checkpoint{CheckpointOptions: o}
 	defer k.close()
 	err := travel(ctx, []phase{
 		{"prepare", k.prepare},
@@ -148,7 +139,9 @@ func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
 }
 
 func (k *checkpoint) close() {
-	k.closeLive()
+	if k.halt != nil {
+		k.halt.Forget()
+	}
 	if k.out != nil {
 		_ = k.out.Close()
 	}
@@ -174,6 +167,9 @@ func (k *checkpoint) prepare(context.Context) error {
 		err = e
 	}
 	if err != nil {
+		return err
+	}
+	if k.halt, err = halt.New(c.cgroupPaths, c.record.Paused); err != nil {
 		return err
 	}
 	if k.out, err = openOutput(k.Path, k.Stream, k.guard); err != nil {
@@ -236,7 +232,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err := k.c.readClocks(); err != nil {
 		return err
 	}
-	n, err := k.c.takeCensus(k.pids(), false)
+	n, err := k.c.takeCensus(k.halt.Pids(), false)
 	if err != nil {
 		return err
 	}
@@ -265,19 +261,9 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	return nil
 }
 
-// pids lists the processes that are held, sorted.
-func (k *checkpoint) pids() []int {
-	var pids []int
-	for _, t := range k.held {
-		pids = append(pids, t.Pid)
-	}
-	slices.Sort(pids)
-	return slices.Compact(pids)
-}
-
 func (k *checkpoint) collectTask(p *process) error {
 	for _, tid := range p.tids {
-		t := k.held[tid]
+		t := k.halt.Held[tid]
 		if t == nil {
 			return fmt.Errorf("thread %d appeared while everything was stopped", tid)
 		}
@@ -285,7 +271,7 @@ func (k *checkpoint) collectTask(p *process) error {
 	}
 	k.report.Tasks++
 	k.report.Threads += len(p.tids)
-	p.live = k.live[p.pid]
+	p.live = k.halt.Live[p.pid]
 	src := &task.Source{
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
 		Maps: k.c.maps,
@@ -406,7 +392,7 @@ func (k *checkpoint) checkNewcomers(context.Context) error {
 		return err
 	}
 	for _, pid := range pids {
-		if k.held[pid] == nil && !isZombie(pid) {
+		if k.halt.Held[pid] == nil && !task.Ended(pid) {
 			comm, _ := task.Comm(pid)
 			return fail.In(fmt.Sprintf("task (host %d, %s)", pid, comm), &fail.Error{
 				Cause: errors.New("it was brought into the container during the checkpoint"), Remedy: "try again",
@@ -429,18 +415,18 @@ func (k *checkpoint) release(context.Context) error {
 		k.report.Stopped = time.Since(k.stopped)
 		return nil
 	}
-	err := errors.Join(k.letGo(context.Background()), k.restoreQuota(), k.guard.Strike(k.thaw))
+	err := errors.Join(k.letGo(), k.restoreQuota())
 	k.report.Stopped = time.Since(k.stopped)
 	return err
 }
 
 // kill ends every process and reaps it: a tracer is told before the parents.
 func (k *checkpoint) kill() {
-	for _, pid := range k.pids() {
+	for _, pid := range k.halt.Pids() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
-	reapAll(slices.Collect(maps.Keys(k.held)))
-	k.held = map[int]*tracee.Thread{}
+	reapAll(slices.Collect(maps.Keys(k.halt.Held)))
+	k.halt.Forget()
 }
 
 // reapAll waits until killed tasks are gone. There is no order in which to wait
@@ -483,8 +469,8 @@ func (k *checkpoint) settleAfter(ctx context.Context) error {
 // putBack undoes everything after a failure, and tells whoever reads the
 // stream why it ends.
 func (k *checkpoint) putBack(err error) error {
-	if len(k.held) > 0 {
-		err = join(err, k.letGo(context.Background()))
+	if k.thaw != 0 {
+		err = join(err, k.letGo())
 	}
 	if k.guard != nil {
 		err = join(err, k.guard.Rollback())

@@ -24,15 +24,17 @@ import (
 
 // container is the running container that a checkpoint is taken of.
 type container struct {
-	lib      *libcontainer.Container
-	cgroup   *cgroupfreeze.Cgroup
-	spec     *specs.Spec
-	record   image.Container
-	root     *os.File // of its file system
-	initPid  int
-	pidDepth int // levels of pid namespaces down to the container's
-	inodes   map[string]uint64
-	maps     task.IDMaps
+	lib    *libcontainer.Container
+	cgroup *cgroupfreeze.Cgroup
+	// cgroupPaths are the cgroups' directories by controller.
+	cgroupPaths map[string]string
+	spec        *specs.Spec
+	record      image.Container
+	root        *os.File // of its file system
+	initPid     int
+	pidDepth    int // levels of pid namespaces down to the container's
+	inodes      map[string]uint64
+	maps        task.IDMaps
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -120,6 +122,7 @@ func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err
 }
 
 func (c *container) readCgroups(state *libcontainer.State, _ *configs.Config) (err error) {
+	c.cgroupPaths = state.CgroupPaths
 	if c.cgroup, err = cgroupfreeze.Open(state.CgroupPaths); err != nil {
 		return err
 	}

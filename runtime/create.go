@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
@@ -58,15 +60,21 @@ func createContainer(r *restore) (m *made, err error) {
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}
+	// A directory that is still empty can be taken away whosever it is, one
+	// that holds something only once it is known to be ours.
+	dir := filepath.Join(r.Root, r.ID)
+	empty, err := r.guard.Promise(guardian.Remove(dir))
+	if err != nil {
+		return nil, err
+	}
 	if m.lib, err = libcontainer.Create(r.Root, r.ID, stubConfig(config)); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
+			_ = r.guard.Strike(empty)
 			err = &fail.Error{Cause: fmt.Errorf("a container with id %q exists already", r.ID), Remedy: "choose another id, or delete that one"}
 		}
 		return nil, err
 	}
-	// Only now: before, the directory could have been another container's. One
-	// that is left behind in between is empty, and cleared by the next restore.
-	if _, err := r.guard.Promise(guardian.RemoveTree(filepath.Join(r.Root, r.ID))); err != nil {
+	if _, err := r.guard.Promise(guardian.RemoveTree(dir)); err != nil {
 		return nil, errors.Join(err, m.destroy())
 	}
 	if err := m.start(r); err != nil {
@@ -225,10 +233,14 @@ func (m *made) takeHold(r *restore) error {
 	if err != nil {
 		return err
 	}
-	if err := m.lib.Exec(); err != nil {
+	// Opening the fifo lets the init go on, but what it goes on to do may stop
+	// it first, for a signal say: we must be waiting for that.
+	opened := make(chan error, 1)
+	go func() { opened <- m.lib.Exec() }()
+	if err := t.WaitExec(); err != nil {
 		return err
 	}
-	if err := t.WaitExec(); err != nil {
+	if err := <-opened; err != nil {
 		return err
 	}
 	if err := t.SetOptions(tracee.StubOptions); err != nil {
@@ -271,9 +283,7 @@ func (m *made) destroy() error {
 	}
 	if m.process != nil {
 		if pid, err := m.process.Pid(); err == nil && pid > 0 {
-			tids := m.tasks()
-			_ = unix.Kill(pid, unix.SIGKILL)
-			reapAll(append(tids, pid))
+			m.kill(pid)
 		}
 	}
 	err := m.lib.Destroy()
@@ -281,14 +291,25 @@ func (m *made) destroy() error {
 	return err
 }
 
-// tasks lists every thread in the container's cgroup.
-func (m *made) tasks() (tids []int) {
+// kill ends every task of the container. They may be frozen, some of them
+// detached already: each is killed before the thaw, so that none runs.
+func (m *made) kill(init int) {
 	pids, _ := m.lib.Processes()
+	pids = append(pids, init)
+	var tids []int
 	for _, pid := range pids {
 		more, _ := task.Threads(pid)
 		tids = append(tids, more...)
 	}
-	return tids
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	if m.state != nil {
+		if c, err := cgroupfreeze.Open(m.state.CgroupPaths); err == nil {
+			_ = c.Thaw(context.Background())
+		}
+	}
+	reapAll(tids)
 }
 
 // Pid is the container's init on the host.

@@ -57,6 +57,9 @@ func main() {
 	// SIGTERM and the like end a journey at its next step, which puts the
 	// container back.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	// A reader of the image that goes away is an error like any other. Ignoring
+	// the signal would do, but is inherited by every program we start.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	err := app.RunContext(ctx, os.Args)
 	stop()
 	os.Exit(report(err))

@@ -58,7 +58,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int) *Maker {
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
 	}
-	m.base = 64
+	m.base = SocketFD + 1
 	for _, ref := range sortedRefs(head) {
 		switch o := head.Objects[ref].(type) {
 		case *image.Files:

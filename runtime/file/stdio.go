@@ -30,7 +30,7 @@ var stdio = kind{
 func (s *Set) stdioNumber(one *seen) int {
 	match := -1
 	for i, link := range s.Stdio {
-		if link != one.link || !s.engineGave(one) {
+		if link != strings.TrimSuffix(one.link, deletedSuffix) || !s.engineGave(one) {
 			continue
 		}
 		if same, err := kcmp(s.Init.Pid, one.proc.Pid, kcmpFile, uintptr(i), uintptr(one.fd)); err == nil && same == 0 {

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/runtime/halt"
 )
 
 // kind says what an Undo does.
@@ -18,6 +21,7 @@ type kind string
 
 const (
 	kindWrite         kind = "write"
+	kindRelease       kind = "release"
 	kindRemove        kind = "remove"
 	kindRemoveTree    kind = "remove tree"
 	kindRemoveCgroups kind = "remove cgroups"
@@ -40,6 +44,9 @@ type Undo struct {
 	Start uint64 `json:",omitempty"`
 	// MountID is the mount that lay at the path before, see Unmount.
 	MountID uint64 `json:",omitempty"`
+	// Controllers names the hierarchies of Paths, see Release.
+	Controllers []string `json:",omitempty"`
+	Paused      bool     `json:",omitempty"`
 }
 
 // Write undoes by writing a value to an existing file, with one write(2): a
@@ -48,7 +55,31 @@ func Write(path, value string) Undo {
 	return Undo{Kind: kindWrite, Paths: [][]byte{[]byte(path)}, Value: []byte(value)}
 }
 
-// Remove undoes by unlinking a file, such as a half-written image.
+// Release undoes by letting a container go that was being stopped, with no trace
+// of it in the container's system calls (halt.Recover). The paths are those of
+// its cgroups by controller; one that its engine had paused stays frozen.
+func Release(cgroups map[string]string, paused bool) Undo {
+	u := Undo{Kind: kindRelease, Paused: paused}
+	for controller, path := range cgroups {
+		u.Controllers = append(u.Controllers, controller)
+		u.Paths = append(u.Paths, []byte(path))
+	}
+	return u
+}
+
+// release carries out Release. Threads are traced by an OS thread.
+func (u Undo) release() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cgroups := map[string]string{}
+	for i, controller := range u.Controllers {
+		cgroups[controller] = string(u.Paths[i])
+	}
+	return halt.Recover(cgroups, u.Paused)
+}
+
+// Remove undoes by removing a file, such as a half-written image, or a
+// directory that is empty.
 func Remove(path string) Undo {
 	return Undo{Kind: kindRemove, Paths: [][]byte{[]byte(path)}}
 }
@@ -116,6 +147,9 @@ func (u Undo) check() error {
 			return fmt.Errorf("%v: %q is not an absolute path without \"..\"", u, p)
 		}
 	}
+	if u.Kind == kindRelease && len(u.Controllers) != len(u.Paths) {
+		return fmt.Errorf("%v: %d paths for %d controllers", u, len(u.Paths), len(u.Controllers))
+	}
 	if u.Kind == kindRemoveTree && filepath.Dir(filepath.Dir(u.path())) == filepath.Dir(u.path()) {
 		return fmt.Errorf("%v: refused, so close to the root directory", u)
 	}
@@ -132,6 +166,8 @@ func (u Undo) Do() error {
 	switch u.Kind {
 	case kindWrite:
 		err = write(u.path(), u.Value)
+	case kindRelease:
+		err = u.release()
 	case kindRemove:
 		err = os.Remove(u.path())
 	case kindRemoveTree:

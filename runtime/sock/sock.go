@@ -4,6 +4,7 @@ package sock
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"unsafe"
 
@@ -110,15 +111,19 @@ func unconnected(fd int) error {
 	if err != nil {
 		return fmt.Errorf("getpeername: %w", err)
 	}
-	return fail.Refuse("", "it is connected to "+describe(peer)+"; connected sockets are not supported yet", "close the connection before the checkpoint")
+	local := "it"
+	if a, err := unix.Getsockname(fd); err == nil {
+		local = describe(a)
+	}
+	return fail.Refuse("", local+" is connected to "+describe(peer)+"; connected sockets are not supported yet", "close the connection before the checkpoint")
 }
 
 func describe(a unix.Sockaddr) string {
 	switch a := a.(type) {
 	case *unix.SockaddrInet4:
-		return fmt.Sprintf("%d.%d.%d.%d:%d", a.Addr[0], a.Addr[1], a.Addr[2], a.Addr[3], a.Port)
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)).String()
 	case *unix.SockaddrInet6:
-		return fmt.Sprintf("[%x]:%d", a.Addr, a.Port)
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port)).String()
 	case *unix.SockaddrUnix:
 		if a.Name == "" {
 			return "an unnamed unix socket"

@@ -106,18 +106,12 @@ func (s *Source) thread(i int, st *State) error {
 	return nil
 }
 
-// registers reads the cpu state. What our own interrupt did to it is undone in
-// the thread itself too, so that it holds for a container that runs on.
+// registers reads the cpu state.
 func (s *Source) registers(i int, rec *image.Thread) error {
 	t := s.Threads[i]
 	r, err := t.Regs()
 	if err != nil {
 		return err
-	}
-	if HideEINTR(&r, s.Status[i]) {
-		if err := t.SetRegs(r); err != nil {
-			return err
-		}
 	}
 	if rec.Restart, err = restartOf(t, &r); err != nil {
 		return err

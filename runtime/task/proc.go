@@ -140,6 +140,12 @@ func Innermost(ids []int) int {
 	return ids[len(ids)-1]
 }
 
+// Ended reports a task that has exited, or is gone.
+func Ended(tid int) bool {
+	s, err := ReadStatus(tid)
+	return err != nil || s.State == 'Z' || s.State == 'X'
+}
+
 // Stat is /proc/PID/stat split into its fields; Field counts from 1 as
 // proc_pid_stat(5) does.
 type Stat struct{ fields []string }

@@ -184,15 +184,18 @@ var reentered = map[uint64]bool{
 	unix.SYS_MSGRCV: true, unix.SYS_MSGSND: true,
 }
 
+// EndedByInterrupt reports a thread that was stopped on its way out of a call
+// that an interrupt has ended with EINTR.
+func EndedByInterrupt(r *tracee.Regs) bool {
+	nr, result, ok := r.Syscall()
+	return ok && result == -int64(unix.EINTR) && reentered[nr]
+}
+
 // HideEINTR makes a thread that our interrupt threw out of a call enter it
 // again. A signal with a handler that is waiting to be delivered would have
 // interrupted the call without us: then the EINTR is the program's own.
 func HideEINTR(r *tracee.Regs, s *Status) bool {
-	nr, result, ok := r.Syscall()
-	if !ok || result != -int64(unix.EINTR) || !reentered[nr] {
-		return false
-	}
-	if (s.SigPnd|s.ShdPnd)&s.SigCgt&^s.SigBlk != 0 {
+	if !EndedByInterrupt(r) || (s.SigPnd|s.ShdPnd)&s.SigCgt&^s.SigBlk != 0 {
 		return false
 	}
 	r.Reenter()
