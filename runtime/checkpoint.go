@@ -368,6 +368,20 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 		}
 		return ctx.Err()
 	}
+	err := k.savePages(save)
+	if e := save.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = k.census.files.Contents(k.w)
+	}
+	if err != nil {
+		return err
+	}
+	return k.w.Close()
+}
+
+func (k *checkpoint) savePages(save *mm.Saver) error {
 	for _, s := range k.census.shared.Segments() {
 		if err := s.Save(save.For(s.Ref)); err != nil {
 			return fail.On("shared memory "+s.Record.Name, err)
@@ -378,10 +392,7 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 			return fail.In(p.name(), err)
 		}
 	}
-	if err := k.census.files.Contents(k.w); err != nil {
-		return err
-	}
-	return k.w.Close()
+	return nil
 }
 
 // checkNewcomers looks for processes that were brought into the cgroup while

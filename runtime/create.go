@@ -56,7 +56,7 @@ func createContainer(r *restore) (m *made, err error) {
 		return nil, fmt.Errorf("bundle %s: %w", r.Bundle, err)
 	}
 	continueClocks(config, &r.head.Container)
-	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid)}
+	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1}
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}
@@ -78,6 +78,7 @@ func createContainer(r *restore) (m *made, err error) {
 		return nil, errors.Join(err, m.destroy())
 	}
 	if err := m.start(r); err != nil {
+		_ = unix.Close(m.sock)
 		return nil, errors.Join(err, m.destroy())
 	}
 	return m, nil

@@ -99,6 +99,9 @@ func (r *restore) close() {
 	if r.service != nil {
 		_ = r.service.Close()
 	}
+	if r.made != nil {
+		_ = unix.Close(r.made.sock)
+	}
 }
 
 // readHead reads the metadata and checks all of it before anything is made.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	goruntime "runtime"
 	"strings"
 
 	"github.com/opencontainers/runc/libcontainer"
@@ -24,6 +25,10 @@ import (
 // This program is also what it starts: the init of a container until the stub
 // takes its place, and the guardian. Both must begin before anything else does.
 func init() {
+	// libcontainer has threads that enter the container's mount namespace, and
+	// the Go runtime ends such a thread unless it is the main one. Kept for the
+	// main goroutine, that one is never it, and /proc/self stays ours.
+	goruntime.LockOSThread()
 	if len(os.Args) < 2 {
 		return
 	}

@@ -23,20 +23,66 @@ const maxRuns = 4096
 var zeroPage [PageSize]byte
 
 // Saver gathers pages into records of the contents section, for one object at
-// a time. Its memory is one chunk, whatever the container's size.
+// a time. Its memory is a few chunks, whatever the container's size: while one
+// is written, the next is read.
 type Saver struct {
 	w    *image.Writer
 	ref  image.Ref
 	runs []image.Run
 	buf  []byte
 	used int
-	// Progress, if set, is called after each record with the bytes written.
+
+	free    chan []byte
+	full    chan chunk
+	written chan error
+	// Progress, if set, is called before each record with its bytes.
 	Progress func(bytes int) error
 }
 
-// NewSaver returns a Saver that writes to w.
+// chunk is a record on its way to the writer.
+type chunk struct {
+	ref  image.Ref
+	runs []image.Run
+	raw  []byte
+}
+
+// chunks is how many there are: one being read, one being written, and one to
+// even out the difference.
+const chunks = 3
+
+// NewSaver returns a Saver that writes to w until Close. Nobody else may write
+// to it meanwhile.
 func NewSaver(w *image.Writer) *Saver {
-	return &Saver{w: w, buf: make([]byte, chunkSize)}
+	s := &Saver{w: w, free: make(chan []byte, chunks), full: make(chan chunk, chunks), written: make(chan error, 1)}
+	for range chunks {
+		s.free <- make([]byte, chunkSize)
+	}
+	s.buf = <-s.free
+	go s.write()
+	return s
+}
+
+// write is the writer's side. After an error it only hands buffers back, and
+// the reader's side learns of it at its next flush, or in Close.
+func (s *Saver) write() {
+	var err error
+	for c := range s.full {
+		if err == nil {
+			err = s.w.Pages(c.ref, c.runs, c.raw)
+			if err != nil {
+				s.written <- err
+			}
+		}
+		s.free <- c.raw[:chunkSize]
+	}
+	close(s.written)
+}
+
+// Close waits until everything is written. It returns the writer's error
+// unless flush has returned it already.
+func (s *Saver) Close() error {
+	close(s.full)
+	return <-s.written
 }
 
 // For makes the pages that follow belong to object ref.
@@ -101,15 +147,17 @@ func (s *Saver) flush() error {
 	if len(s.runs) == 0 {
 		return nil
 	}
-	if err := s.w.Pages(s.ref, s.runs, s.buf[:s.used]); err != nil {
-		return err
-	}
 	if s.Progress != nil {
 		if err := s.Progress(s.used); err != nil {
 			return err
 		}
 	}
-	s.runs, s.used = s.runs[:0], 0
+	select {
+	case err := <-s.written:
+		return err
+	case s.full <- chunk{s.ref, s.runs, s.buf[:s.used]}:
+	}
+	s.runs, s.buf, s.used = nil, <-s.free, 0
 	return nil
 }
 

@@ -20,7 +20,7 @@ const (
 	itimerspecSize = 32 // interval, value: seconds, nanoseconds
 	second         = 1e9
 
-	// prTimerCreateRestoreIDs (Linux 6.16) makes timer_create(2) take the id
+	// prTimerCreateRestoreIDs (Linux 6.15) makes timer_create(2) take the id
 	// from where it would have put it.
 	prTimerCreateRestoreIDs = 77
 
