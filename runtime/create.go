@@ -35,6 +35,8 @@ type made struct {
 	initPid int // inside the container
 	sock    int // the coordinator's end of the stub's socket
 	filters [][]byte
+	// identity is who the bundle's own process would be.
+	identity file.Identity
 }
 
 // createContainer lets libcontainer make the container that the operator's
@@ -45,7 +47,11 @@ func createContainer(r *restore) (m *made, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkGrants(r.head, spec); err != nil {
+	g, err := grantsOf(spec)
+	if err == nil {
+		err = g.checkImage(r.head)
+	}
+	if err != nil {
 		return nil, err
 	}
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
@@ -56,7 +62,7 @@ func createContainer(r *restore) (m *made, err error) {
 		return nil, fmt.Errorf("bundle %s: %w", r.Bundle, err)
 	}
 	continueClocks(config, &r.head.Container)
-	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1}
+	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, identity: g.identity()}
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/file"
 )
 
 // An image grants nothing. Everything in it is a claim, and what the operator's
@@ -24,11 +25,8 @@ type grants struct {
 	noNewPrivs   bool
 }
 
-func checkGrants(head *image.Head, spec *specs.Spec) error {
-	g, err := grantsOf(spec)
-	if err != nil {
-		return err
-	}
+// checkImage refuses an image that claims more than the bundle gives.
+func (g *grants) checkImage(head *image.Head) error {
 	for _, t := range head.Tasks {
 		for i := range t.Threads {
 			if err := g.check(&t.Threads[i]); err != nil {
@@ -37,6 +35,16 @@ func checkGrants(head *image.Head, spec *specs.Spec) error {
 		}
 	}
 	return nil
+}
+
+// identity is who the bundle's own process is when it opens a file. One that
+// may change its uid may as well be root.
+func (g *grants) identity() file.Identity {
+	who := file.Identity{UID: g.uid, GID: g.gid, Groups: g.groups, Capabilities: g.capabilities}
+	if g.capabilities&(1<<unix.CAP_SETUID) != 0 {
+		who.UID = 0
+	}
+	return who
 }
 
 func grantsOf(spec *specs.Spec) (*grants, error) {

@@ -174,7 +174,7 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.made.stub.AttachService(file.ServiceFD, hole); err != nil {
 		return err
 	}
-	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock)
+	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
 	if err := r.maker.Make(); err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package file
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -26,6 +27,8 @@ type Maker struct {
 	Realtime int64 // CLOCK_REALTIME of the checkpoint, nanoseconds
 
 	head     *image.Head
+	bundle   Identity
+	self     Identity // the stub
 	stub     *tracee.Stub
 	sock     int // the coordinator's end of the stub's socket
 	base     int // of the table
@@ -51,10 +54,12 @@ const (
 )
 
 // NewMaker prepares to make the files of an image in stub; sock is the
-// coordinator's end of the stub's socket.
-func NewMaker(head *image.Head, stub *tracee.Stub, sock int) *Maker {
+// coordinator's end of the stub's socket. Bundle is who the bundle's own process
+// would be: nothing is opened that neither it nor the task that holds the file
+// may open.
+func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *Maker {
 	m := &Maker{
-		Realtime: head.Header.Time, head: head, stub: stub, sock: sock,
+		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
 	}
@@ -96,6 +101,10 @@ func (m *Maker) FD(ref image.Ref) (int, error) {
 
 // Make opens everything.
 func (m *Maker) Make() error {
+	var err error
+	if m.self, err = stubIdentity(m.stub); err != nil {
+		return err
+	}
 	if err := m.clearLow(); err != nil {
 		return err
 	}
@@ -293,7 +302,33 @@ func (m *Maker) send(to *tracee.Stub, f *os.File) (int, error) {
 // openChunk opens some files, moves them into the table and gives them their
 // state.
 func (m *Maker) openChunk(refs []image.Ref) error {
+	low := make([]int, len(refs))
+	for start, end := range m.sameOpener(refs) {
+		who := m.opener(m.head.File(refs[start]))
+		if err := m.open(who, refs[start:end], low[start:end]); err != nil {
+			return err
+		}
+	}
+	up, err := m.moveUp(low)
+	if err != nil {
+		return err
+	}
+	for i, ref := range refs {
+		m.fds[ref] = up[i]
+	}
+	for start, end := range m.sameOpener(refs) {
+		if err := m.finish(m.opener(m.head.File(refs[start])), refs[start:end]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open opens files as somebody, or as the bundle's own process what that
+// somebody may not: a daemon opens its log before it gives up its rights.
+func (m *Maker) open(who Identity, refs []image.Ref, low []int) error {
 	var b tracee.Batch
+	m.become(&b, who)
 	calls := make([]int, len(refs))
 	for i, ref := range refs {
 		f := m.head.File(ref)
@@ -305,26 +340,30 @@ func (m *Maker) openChunk(refs []image.Ref) error {
 		if calls[i], err = k.open(m, &b, f); err != nil {
 			return fail.On(f.Kind+" "+f.Path, err)
 		}
+		b.Calls[calls[i]].Tolerate = true
 	}
+	m.become(&b, m.self)
 	if _, err := m.stub.Run(&b); err != nil {
-		return m.explain(err, calls, refs)
-	}
-	low := make([]int, len(refs))
-	for i := range refs {
-		low[i] = int(b.Calls[calls[i]].Ret)
-	}
-	up, err := m.moveUp(low)
-	if err != nil {
 		return err
 	}
 	for i, ref := range refs {
-		m.fds[ref] = up[i]
+		low[i] = int(b.Calls[calls[i]].Ret)
+		err := b.Err(calls[i])
+		if denied(err) && !who.equal(m.bundle) {
+			err = m.open(m.bundle, refs[i:i+1], low[i:i+1])
+		}
+		if err != nil {
+			f := m.head.File(ref)
+			return fail.On(f.Kind+" "+f.Path, fmt.Errorf("cannot be opened again in the container: %w", err))
+		}
 	}
-	return m.finishChunk(refs)
+	return nil
 }
 
-func (m *Maker) finishChunk(refs []image.Ref) error {
+// finish gives opened files their state, as somebody; see open.
+func (m *Maker) finish(who Identity, refs []image.Ref) error {
 	var b tracee.Batch
+	m.become(&b, who)
 	calls := make([]int, len(refs))
 	for i, ref := range refs {
 		f := m.head.File(ref)
@@ -333,8 +372,29 @@ func (m *Maker) finishChunk(refs []image.Ref) error {
 		}
 		calls[i] = len(b.Calls) - 1
 	}
+	m.become(&b, m.self)
 	_, err := m.stub.Run(&b)
-	return m.explain(err, calls, refs)
+	if err == nil {
+		return nil
+	}
+	if e := m.restoreSelf(); e != nil {
+		return errors.Join(err, e)
+	}
+	if !denied(err) || who.equal(m.bundle) {
+		return m.explain(err, calls, refs)
+	}
+	// Once more, one by one: what was done before is done again to no effect.
+	for i := range refs {
+		err := m.finish(m.bundle, refs[i:i+1])
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func denied(err error) bool {
+	return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)
 }
 
 // explain names the file that a failed call of a batch was for: the first

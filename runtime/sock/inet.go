@@ -43,17 +43,18 @@ var inet = family{
 	},
 	// The address may belong to a device that comes up later, or be still
 	// tentative: free binding takes it all the same.
-	prepare: func(b *tracee.Batch, fd int, s *image.Socket) { freebind(b, fd, s, 1) },
+	prepare: func(b *tracee.Batch, fd int, _ *image.Socket) { freebind(b, fd, 1) },
 	settle: func(b *tracee.Batch, fd int, s *image.Socket) {
 		for _, o := range s.Options {
 			if o.Level == unix.SOL_IP && o.Name == unix.IP_FREEBIND {
-				setOption(b, fd, unix.SOL_IP, unix.IP_FREEBIND, o.Value)
+				return // its own, set already
 			}
 		}
+		freebind(b, fd, 0)
 	},
 }
 
-func freebind(b *tracee.Batch, fd int, s *image.Socket, on uint32) {
+func freebind(b *tracee.Batch, fd int, on uint32) {
 	value := make([]byte, 4)
 	put32(value, on)
 	setOption(b, fd, unix.SOL_IP, unix.IP_FREEBIND, value)

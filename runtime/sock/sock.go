@@ -158,10 +158,24 @@ func readOptions(fd int, fam *family, s *image.Socket) error {
 			if errno != 0 {
 				return fmt.Errorf("getsockopt %d/%d: %w", o.level, o.name, errno)
 			}
-			s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value[:n]})
+			if !defaults(o, value[:n]) {
+				s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value[:n]})
+			}
 		}
 	}
 	return readBuffers(fd, s)
+}
+
+// defaults reports an option that a new socket has as well. Zero is the default
+// of all that can be zero, but for IPV6_V6ONLY, for which a sysctl decides; and
+// setting some of them takes a capability even to the value they have.
+func defaults(o option, value []byte) bool {
+	for _, b := range value {
+		if b != 0 {
+			return false
+		}
+	}
+	return o.level != unix.SOL_IPV6 || o.name != unix.IPV6_V6ONLY
 }
 
 const soBufLock = 72 // SO_BUF_LOCK, Linux 5.15
@@ -174,17 +188,17 @@ func readBuffers(fd int, s *image.Socket) error {
 	if err != nil {
 		return nil // before 5.15: as the system sizes them
 	}
-	for bit, pair := range map[int][2]int{1: {unix.SO_SNDBUF, unix.SO_SNDBUFFORCE}, 2: {unix.SO_RCVBUF, unix.SO_RCVBUFFORCE}} {
+	for bit, name := range map[int]int{1: unix.SO_SNDBUF, 2: unix.SO_RCVBUF} {
 		if locked&bit == 0 {
 			continue
 		}
-		size, err := number(fd, unix.SOL_SOCKET, pair[0])
+		size, err := number(fd, unix.SOL_SOCKET, name)
 		if err != nil {
 			return err
 		}
 		value := make([]byte, 4)
 		put32(value, uint32(size/2))
-		s.Options = append(s.Options, image.SocketOpt{Level: unix.SOL_SOCKET, Name: int32(pair[1]), Value: value})
+		s.Options = append(s.Options, image.SocketOpt{Level: unix.SOL_SOCKET, Name: int32(name), Value: value})
 	}
 	return nil
 }
@@ -219,8 +233,15 @@ func Finish(b *tracee.Batch, fd int, s *image.Socket) {
 	}
 }
 
+// forced are the options without the system's limit on a buffer's size, which
+// take CAP_NET_ADMIN: a program that had it may have used them.
+var forced = map[int]int{unix.SO_SNDBUF: unix.SO_SNDBUFFORCE, unix.SO_RCVBUF: unix.SO_RCVBUFFORCE}
+
 func setOption(b *tracee.Batch, fd, level, name int, value []byte) {
 	b.Add(unix.SYS_SETSOCKOPT, tracee.W(fd), tracee.W(level), tracee.W(name), b.Put(value), tracee.W(len(value)))
+	if f, ok := forced[name]; ok && level == unix.SOL_SOCKET {
+		b.Try(unix.SYS_SETSOCKOPT, tracee.W(fd), tracee.W(level), tracee.W(f), b.Put(value), tracee.W(len(value)))
+	}
 }
 
 // bound reports whether the socket has an address of its own: a port, or a

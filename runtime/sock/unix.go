@@ -38,7 +38,9 @@ var local = family{
 	},
 	settle: func(b *tracee.Batch, _ int, s *image.Socket) {
 		if s.Path != "" {
-			b.Add(unix.SYS_FCHOWNAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.UID), tracee.W(s.GID), tracee.W(unix.AT_SYMLINK_NOFOLLOW))
+			// Bound by its owner it is the owner's; a program that has given
+			// it away could do so, and so can whoever binds it now.
+			b.Try(unix.SYS_FCHOWNAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.UID), tracee.W(s.GID), tracee.W(unix.AT_SYMLINK_NOFOLLOW))
 			b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.Mode&0o7777))
 		}
 	},

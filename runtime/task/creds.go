@@ -63,7 +63,7 @@ func restoreCredentials(b *tracee.Batch, c *image.Credentials, full uint64) {
 	}
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_SECUREBITS), tracee.W(noSetuidFixup))
 	b.Add(unix.SYS_SETGROUPS, tracee.W(len(c.Groups)), b.Put(groups))
-	capset(b, full, full, c.Inheritable)
+	Capset(b, full, full, c.Inheritable)
 	for i := range lastCap + 1 {
 		if full&(1<<i) != 0 && c.Bounding&(1<<i) == 0 {
 			b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_CAPBSET_DROP), tracee.W(i))
@@ -79,14 +79,14 @@ func restoreCredentials(b *tracee.Batch, c *image.Credentials, full uint64) {
 		}
 	}
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_SECUREBITS), tracee.W(c.Securebits))
-	capset(b, c.Permitted, c.Effective, c.Inheritable)
+	Capset(b, c.Permitted, c.Effective, c.Inheritable)
 	if c.NoNewPrivs {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NO_NEW_PRIVS), tracee.W(1))
 	}
 }
 
-// capset adds a capset(2) of the calling thread.
-func capset(b *tracee.Batch, permitted, effective, inheritable uint64) {
+// Capset adds a capset(2) of the calling thread.
+func Capset(b *tracee.Batch, permitted, effective, inheritable uint64) {
 	head := binary.LittleEndian.AppendUint32(nil, unix.LINUX_CAPABILITY_VERSION_3)
 	head = binary.LittleEndian.AppendUint32(head, 0)
 	var data []byte

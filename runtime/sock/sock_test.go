@@ -1,0 +1,333 @@
+package sock
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+func TestMain(m *testing.M) {
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests must run as root")
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+var here = &Inside{NetNS: "/proc/self/ns/net", Lstat: func(path string) (*unix.Stat_t, error) {
+	var st unix.Stat_t
+	return &st, unix.Lstat(path, &st)
+}}
+
+func open(t *testing.T, domain, kind, protocol int) *os.File {
+	t.Helper()
+	fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, protocol)
+	must(t, err)
+	f := os.NewFile(uintptr(fd), "socket")
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+func fd(f *os.File) int { return int(f.Fd()) }
+
+func read(f *os.File) (*image.Socket, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd(f), &st); err != nil {
+		return nil, err
+	}
+	return Read(here, f, st.Ino)
+}
+
+// listening returns a socket that listens at an address of its own.
+func listening(t *testing.T, domain int, address unix.Sockaddr, backlog int) (*os.File, unix.Sockaddr) {
+	t.Helper()
+	f := open(t, domain, unix.SOCK_STREAM, 0)
+	must(t, unix.Bind(fd(f), address))
+	must(t, unix.Listen(fd(f), backlog))
+	at, err := unix.Getsockname(fd(f))
+	must(t, err)
+	return f, at
+}
+
+func refused(t *testing.T, f *os.File, why string) {
+	t.Helper()
+	s, err := read(f)
+	var r *fail.Refused
+	if !errors.As(err, &r) || !strings.Contains(err.Error(), why) {
+		t.Errorf("got %+v, %v; want a refusal that says %q", s, err, why)
+	}
+}
+
+func TestConnectedRefused(t *testing.T) {
+	l, at := listening(t, unix.AF_INET, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}, 5)
+	client := open(t, unix.AF_INET, unix.SOCK_STREAM, 0)
+	must(t, unix.Connect(fd(client), at))
+	refused(t, client, fmt.Sprintf("connected to 127.0.0.1:%d", at.(*unix.SockaddrInet4).Port))
+	refused(t, l, "1 connections wait to be accepted")
+	n, _, err := unix.Accept(fd(l))
+	must(t, err)
+	accepted := os.NewFile(uintptr(n), "accepted")
+	defer accepted.Close()
+	refused(t, accepted, "connected to")
+	if s, err := read(l); err != nil || !s.Listening || s.Backlog != 5 {
+		t.Errorf("with its queue empty again: %+v, %v", s, err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(t, err)
+	for _, end := range pair {
+		f := os.NewFile(uintptr(end), "pair")
+		defer f.Close()
+		refused(t, f, "connected to ")
+	}
+}
+
+func TestUnixBacklog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	for _, name := range []string{path, "@ocickpt-test-" + filepath.Base(t.TempDir())} {
+		l, at := listening(t, unix.AF_UNIX, &unix.SockaddrUnix{Name: name}, 17)
+		if s, err := read(l); err != nil || !s.Listening || s.Backlog != 17 {
+			t.Errorf("%s: %+v, %v", name, s, err)
+		}
+		for i := range 3 {
+			must(t, unix.Connect(fd(open(t, unix.AF_UNIX, unix.SOCK_STREAM, 0)), at))
+			refused(t, l, fmt.Sprintf("%d connections wait", i+1))
+		}
+	}
+}
+
+func TestDatagramsRefused(t *testing.T) {
+	for domain, at := range map[int]unix.Sockaddr{
+		unix.AF_INET: &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}, unix.AF_UNIX: &unix.SockaddrUnix{Name: filepath.Join(t.TempDir(), "d")},
+	} {
+		f := open(t, domain, unix.SOCK_DGRAM, 0)
+		must(t, unix.Bind(fd(f), at))
+		if _, err := read(f); err != nil {
+			t.Errorf("empty: %v", err)
+		}
+		to, err := unix.Getsockname(fd(f))
+		must(t, err)
+		must(t, unix.Sendto(fd(open(t, domain, unix.SOCK_DGRAM, 0)), []byte("x"), 0, to))
+		refused(t, f, "datagrams wait")
+	}
+}
+
+func TestUnsupported(t *testing.T) {
+	refused(t, open(t, unix.AF_NETLINK, unix.SOCK_RAW, 0), "sockets of family 16")
+	refused(t, open(t, unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP), "type 3, protocol 1")
+	if _, err := Open(&tracee.Batch{}, &image.Socket{Family: unix.AF_NETLINK}); err == nil {
+		t.Error("a socket of an unknown family was opened")
+	}
+}
+
+func TestUnixPath(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	path := filepath.Join(dir, "s")
+	f := open(t, unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	must(t, unix.Bind(fd(f), &unix.SockaddrUnix{Name: path}))
+	must(t, os.Chmod(path, 0o620))
+	must(t, os.Chown(path, 12, 34))
+	if s, err := read(f); err != nil || s.Path != path || s.Mode&0o7777 != 0o620 || s.UID != 12 || s.GID != 34 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	must(t, os.Remove(path))
+	refused(t, f, "removed or replaced")
+	must(t, os.WriteFile(path, nil, 0o600))
+	refused(t, f, "removed or replaced")
+	relative := open(t, unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	must(t, unix.Bind(fd(relative), &unix.SockaddrUnix{Name: "r"}))
+	refused(t, relative, "relative path")
+	if s, err := read(open(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)); err != nil || s.Path != "" || bound(s) {
+		t.Errorf("unnamed: %+v, %v", s, err)
+	}
+}
+
+// set gives a socket options that are not the defaults.
+func set(t *testing.T, f *os.File, options map[[2]int]int) {
+	t.Helper()
+	for o, v := range options {
+		if err := unix.SetsockoptInt(fd(f), o[0], o[1], v); err != nil {
+			t.Fatalf("option %v: %v", o, err)
+		}
+	}
+}
+
+var (
+	anyFamily = map[[2]int]int{
+		{unix.SOL_SOCKET, unix.SO_SNDBUF}: 30_000, {unix.SOL_SOCKET, unix.SO_RCVBUF}: 40_000,
+		{unix.SOL_SOCKET, unix.SO_PRIORITY}: 3, {unix.SOL_SOCKET, unix.SO_MARK}: 77, {unix.SOL_SOCKET, unix.SO_TIMESTAMP}: 1,
+	}
+	tcp = map[[2]int]int{
+		{unix.SOL_SOCKET, unix.SO_REUSEADDR}: 1, {unix.SOL_SOCKET, unix.SO_REUSEPORT}: 1, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}: 1,
+		{unix.SOL_TCP, unix.TCP_NODELAY}: 1, {unix.SOL_TCP, unix.TCP_DEFER_ACCEPT}: 7, {unix.SOL_TCP, unix.TCP_KEEPIDLE}: 33,
+		{unix.SOL_TCP, unix.TCP_KEEPINTVL}: 44, {unix.SOL_TCP, unix.TCP_KEEPCNT}: 5, {unix.SOL_TCP, unix.TCP_USER_TIMEOUT}: 6000,
+	}
+	ip  = map[[2]int]int{{unix.SOL_IP, unix.IP_TTL}: 9, {unix.SOL_IP, unix.IP_FREEBIND}: 1, {unix.SOL_SOCKET, unix.SO_BROADCAST}: 1}
+	ip6 = map[[2]int]int{{unix.SOL_IPV6, unix.IPV6_V6ONLY}: 1}
+)
+
+// TestRoundTrip makes sockets again in a stub and reads them in the same way.
+func TestRoundTrip(t *testing.T) {
+	dir := t.TempDir()
+	loopback := unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	for name, c := range map[string]struct {
+		domain, kind int
+		options      []map[[2]int]int
+		address      unix.Sockaddr
+		backlog      int
+	}{
+		"tcp listener":     {unix.AF_INET, unix.SOCK_STREAM, []map[[2]int]int{anyFamily, tcp, ip}, &loopback, 7},
+		"tcp default":      {unix.AF_INET, unix.SOCK_STREAM, nil, nil, 0},
+		"tcp bound":        {unix.AF_INET, unix.SOCK_STREAM, nil, &loopback, 0},
+		"tcp6 listener":    {unix.AF_INET6, unix.SOCK_STREAM, []map[[2]int]int{anyFamily, tcp, ip6}, &unix.SockaddrInet6{}, 1},
+		"udp":              {unix.AF_INET, unix.SOCK_DGRAM, []map[[2]int]int{anyFamily, ip}, &loopback, 0},
+		"udp6":             {unix.AF_INET6, unix.SOCK_DGRAM, []map[[2]int]int{ip6}, &unix.SockaddrInet6{}, 0},
+		"foreign address":  {unix.AF_INET, unix.SOCK_DGRAM, []map[[2]int]int{ip}, &unix.SockaddrInet4{Addr: [4]byte{203, 0, 113, 9}, Port: 12345}, 0},
+		"unix listener":    {unix.AF_UNIX, unix.SOCK_STREAM, []map[[2]int]int{anyFamily}, &unix.SockaddrUnix{Name: filepath.Join(dir, "l")}, 3},
+		"unix abstract":    {unix.AF_UNIX, unix.SOCK_SEQPACKET, nil, &unix.SockaddrUnix{Name: "@ocickpt\xff " + filepath.Base(dir)}, 3},
+		"unix datagrams":   {unix.AF_UNIX, unix.SOCK_DGRAM, []map[[2]int]int{{{unix.SOL_SOCKET, unix.SO_PASSCRED}: 1}}, &unix.SockaddrUnix{Name: filepath.Join(dir, "d")}, 0},
+		"unix unconnected": {unix.AF_UNIX, unix.SOCK_STREAM, nil, nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := open(t, c.domain, c.kind, 0)
+			for _, o := range c.options {
+				set(t, f, o)
+			}
+			if c.options != nil {
+				tv := unix.Timeval{Sec: 5, Usec: 8000}
+				must(t, unix.SetsockoptTimeval(fd(f), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+				must(t, unix.SetsockoptLinger(fd(f), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 12}))
+			}
+			if c.address != nil {
+				must(t, unix.Bind(fd(f), c.address))
+			}
+			if c.backlog > 0 {
+				must(t, unix.Listen(fd(f), c.backlog))
+			}
+			want, err := read(f)
+			must(t, err)
+			must(t, f.Close()) // its address is free again
+			got, err := read(remake(t, want))
+			must(t, err)
+			if d := cmp.Diff(want, got, cmpopts.SortSlices(func(a, b image.SocketOpt) bool {
+				return a.Level < b.Level || a.Level == b.Level && a.Name < b.Name
+			})); d != "" {
+				t.Errorf("(-want +got)\n%s", d)
+			}
+		})
+	}
+}
+
+// remake opens a socket in a stub and takes it over.
+func remake(t *testing.T, s *image.Socket) *os.File {
+	t.Helper()
+	stub := newStub(t)
+	var b, finish tracee.Batch
+	i, err := Open(&b, s)
+	must(t, err)
+	_, err = stub.Run(&b)
+	must(t, err)
+	n := int(b.Calls[i].Ret)
+	Finish(&finish, n, s)
+	_, err = stub.Run(&finish)
+	must(t, err)
+	pidfd, err := unix.PidfdOpen(stub.Pid, 0)
+	must(t, err)
+	defer unix.Close(pidfd)
+	ours, err := unix.PidfdGetfd(pidfd, n, 0)
+	must(t, err)
+	f := os.NewFile(uintptr(ours), "remade")
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+func newStub(t *testing.T) *tracee.Stub {
+	t.Helper()
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
+	service, err := tracee.NewService()
+	must(t, err)
+	t.Cleanup(func() { must(t, service.Close()) })
+	exe, err := tracee.StubExecutable()
+	must(t, err)
+	defer exe.Close()
+	c := exec.Command("sh", "-c", "read go; exec /proc/self/fd/3")
+	c.ExtraFiles = []*os.File{exe, service.File()}
+	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
+	in, err := c.StdinPipe()
+	must(t, err)
+	must(t, c.Start())
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	th, err := tracee.Seize(c.Process.Pid, c.Process.Pid, tracee.LiveOptions|unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACEEXEC)
+	must(t, err)
+	_, err = in.Write([]byte{'\n'})
+	must(t, err)
+	must(t, th.WaitExec())
+	must(t, th.SetOptions(tracee.StubOptions))
+	s, err := tracee.NewStub(th, service)
+	must(t, err)
+	must(t, s.AttachService(4, 0x200000000))
+	return s
+}
+
+// answer is a sock_diag message with attributes behind it.
+func answer(kind uint16, attributes ...byte) []byte {
+	b := make([]byte, unix.NLMSG_HDRLEN+16, 64)
+	binary.LittleEndian.PutUint16(b[4:], kind)
+	return append(b, attributes...)
+}
+
+func TestParseQueue(t *testing.T) {
+	queue := []byte{12, 0, unixDiagRQLen, 0, 3, 0, 0, 0, 128, 0, 0, 0}
+	for name, b := range map[string][]byte{
+		"alone":              answer(sockDiagByFamily, queue...),
+		"behind another":     answer(sockDiagByFamily, append([]byte{5, 0, 1, 0, 9, 0, 0, 0}, queue...)...),
+		"with more after it": answer(sockDiagByFamily, append(queue, 1, 2)...),
+	} {
+		if waiting, backlog, err := parseQueue(b); err != nil || waiting != 3 || backlog != 128 {
+			t.Errorf("%s: %d of %d, %v", name, waiting, backlog, err)
+		}
+	}
+	for name, b := range map[string][]byte{
+		"nothing": nil, "an error": answer(unix.NLMSG_ERROR, queue...), "no attribute": answer(sockDiagByFamily),
+		"too long": answer(sockDiagByFamily, 13, 0, unixDiagRQLen, 0, 1, 0, 0, 0, 1, 0, 0, 0), "too short": answer(sockDiagByFamily, 8, 0, unixDiagRQLen, 0, 1, 0, 0, 0),
+		"empty": answer(sockDiagByFamily, 0, 0, 0, 0), "cut off in padding": answer(sockDiagByFamily, 5, 0, 1, 0, 9),
+	} {
+		if _, _, err := parseQueue(b); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	if _, _, err := queueOf(1); err == nil {
+		t.Error("the queue of a socket that is not there")
+	}
+}
+
+func queueOf(inode uint64) (waiting, backlog uint32, err error) { return queue(here.NetNS, inode) }
+
+func FuzzParseQueue(f *testing.F) {
+	f.Add(answer(sockDiagByFamily, 12, 0, unixDiagRQLen, 0, 3, 0, 0, 0, 128, 0, 0, 0))
+	f.Add(answer(sockDiagByFamily, 5, 0, 1, 0, 9))
+	f.Fuzz(func(t *testing.T, b []byte) { _, _, _ = parseQueue(b) })
+}
