@@ -54,6 +54,7 @@ type restore struct {
 	stubs   map[int]*tracee.Stub // by pid inside the container
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
+	spaces  map[image.Ref]*tracee.Stub // who has an address space
 	full    uint64 // the stubs' capabilities
 }
 
@@ -71,7 +72,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	begin := time.Now()
 	r := &restore{
 		RestoreOptions: o, in: image.NewReader(o.Image), filler: mm.NewFiller(),
-		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{},
+		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, spaces: map[image.Ref]*tracee.Stub{},
 	}
 	defer r.close()
 	err := travel(ctx, []phase{
@@ -317,6 +318,7 @@ func (r *restore) rebuild(ctx context.Context) error {
 			return err
 		}
 		r.filler.Space(t.MM, s.Pid)
+		r.spaces[t.MM] = s
 		if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
 			return err
 		}
@@ -392,6 +394,11 @@ func (r *restore) put(c *image.Content) error {
 	}
 	if c.Type == image.TypeBytes {
 		return r.maker.Fill(c.Ref, c.Raw)
+	}
+	if s := r.spaces[c.Ref]; s != nil {
+		if err := mm.Populate(s, c.Runs); err != nil {
+			return err
+		}
 	}
 	return r.filler.Fill(c)
 }

@@ -230,6 +230,23 @@ func Protect(b *tracee.Batch, m *image.MM) {
 	}
 }
 
+// worthwhile is how many pages a run must have for Populate to pay.
+const worthwhile = 8
+
+// Populate makes the stub fault in the pages that are about to be filled, all in
+// one go: copying into memory that is not there yet takes twice as long, a
+// fault a page. Where it cannot be done, the copying does it.
+func Populate(s *tracee.Stub, runs []image.Run) error {
+	var b tracee.Batch
+	for _, r := range runs {
+		if r.Count >= worthwhile {
+			b.Try(unix.SYS_MADVISE, tracee.W(r.Addr), tracee.W(uint64(r.Count)*PageSize), tracee.W(unix.MADV_POPULATE_WRITE))
+		}
+	}
+	_, err := s.Run(&b)
+	return err
+}
+
 // Filler puts page contents into address spaces and shared memory as they come
 // in from the stream.
 type Filler struct {
