@@ -105,6 +105,11 @@ func Inside(path string, f func() error) (err error) {
 	go func() {
 		defer close(done)
 		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() { // the main thread would not end
+			err = Inside(path, f)
+			runtime.UnlockOSThread()
+			return
+		}
 		err = enter(path)
 		if err == nil {
 			err = f()

@@ -60,6 +60,9 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 	})}
 	for _, pid := range pids {
 		p, err := c.visit(pid)
+		if err == nil && p != nil && pid != c.initPid && !slices.Contains(pids, p.status[0].PPid) {
+			err = broughtIn()
+		}
 		if err == nil && p != nil {
 			err = c.admit(p)
 		}
@@ -120,7 +123,7 @@ func (c *container) admit(p *process) error {
 	switch {
 	case s.State == 'Z':
 		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
-	case s.State == 'T':
+	case s.State == 'T', c.record.Paused && task.JobStopped(p.pid):
 		return fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint")
 	case s.TracerPid != 0 && s.TracerPid != unix.Gettid():
 		return fail.Refuse("", fmt.Sprintf("it is being traced by process %d", s.TracerPid), "detach the debugger")
@@ -185,7 +188,7 @@ func (n *census) scan(p *process) (err error) {
 	if p.table, err = n.files.AddTable(&file.Process{Pid: p.pid, Inner: p.inner, Name: p.name()}); err != nil {
 		return err
 	}
-	p.fs, err = file.FS(p.pid, p.status[0].Umask)
+	p.fs, err = n.files.FS(p.pid, p.status[0].Umask)
 	return err
 }
 
@@ -207,6 +210,25 @@ func (n *census) checkSharing() error {
 			}
 			if same == 0 {
 				return fail.In(sorted[i].name(), fail.Refuse(what, "it is shared with "+sorted[i-1].name()+"; that is not supported yet", ""))
+			}
+		}
+	}
+	return nil
+}
+
+// checkThreads refuses threads that have parted from their process: with a
+// descriptor table or a place in the file system of their own.
+func (n *census) checkThreads() error {
+	for _, p := range n.procs {
+		for _, tid := range p.tids[1:] {
+			for what, kind := range map[string]uintptr{"descriptor table": kcmpFiles, "file system context": kcmpFS} {
+				order, err := kcmp(p.pid, tid, kind)
+				if err == nil && order != 0 {
+					err = fail.Refuse(fmt.Sprintf("thread (host %d)", tid), "it has a "+what+" of its own (unshare); that is not supported yet", "")
+				}
+				if err != nil {
+					return fail.In(p.name(), err)
+				}
 			}
 		}
 	}
@@ -338,6 +360,10 @@ func sortTree(all []image.Process) (image.Tree, error) {
 	return t, nil
 }
 
+func broughtIn() error {
+	return fail.Refuse("", "it was brought into the container (runc exec); such processes are not supported yet", "end it before the checkpoint")
+}
+
 // checkRoots refuses processes that are not descendants of the container's
 // init: those that were brought in by exec, and their children.
 func (n *census) checkRoots(c *container) error {
@@ -347,7 +373,7 @@ func (n *census) checkRoots(c *container) error {
 	}
 	for _, p := range n.procs {
 		if p.pid != c.initPid && byPid[p.status[0].PPid] == nil {
-			return fail.In(p.name(), fail.Refuse("", "it was brought into the container (runc exec); such processes are not supported yet", "end it before the checkpoint"))
+			return fail.In(p.name(), broughtIn())
 		}
 	}
 	return nil

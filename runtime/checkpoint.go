@@ -201,9 +201,33 @@ func (h *headRecords) fill(leaveRunning bool) error {
 	return nil
 }
 
+// surveys and surveyPause say how often, and how far apart, a running container
+// is looked at.
+const (
+	surveys     = 4
+	surveyPause = 5 * time.Millisecond
+)
+
 // survey looks at the running container and refuses what cannot be saved,
-// before anything is stopped. It also makes sure of room for the image.
-func (k *checkpoint) survey(context.Context) error {
+// before anything is stopped. While tasks come and go, what is seen need not
+// hang together: only what is refused twice for the same reason is; for the
+// rest the stop decides.
+func (k *checkpoint) survey(ctx context.Context) error {
+	var last error
+	for range surveys {
+		err := k.look()
+		if err == nil || last != nil && err.Error() == last.Error() || ctx.Err() != nil {
+			return err
+		}
+		last = err
+		time.Sleep(surveyPause)
+	}
+	k.Log.Debug("undecided by the survey", "last", last)
+	return nil
+}
+
+// look is one survey. It also makes sure of room for the image.
+func (k *checkpoint) look() error {
 	pids, err := k.c.cgroup.Processes()
 	if err != nil {
 		return err
@@ -212,8 +236,10 @@ func (k *checkpoint) survey(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := n.checkRoots(k.c); err != nil {
-		return err
+	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkThreads, n.files.Fits} {
+		if err := check(); err != nil {
+			return err
+		}
 	}
 	var size int64
 	for _, p := range n.procs {
@@ -232,6 +258,9 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err := k.c.readClocks(); err != nil {
 		return err
 	}
+	if err := k.c.lookAgain(); err != nil {
+		return err
+	}
 	n, err := k.c.takeCensus(k.halt.Pids(), false)
 	if err != nil {
 		return err
@@ -241,6 +270,8 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		func() error { return n.findZombies(k.c) },
 		func() error { return n.checkRoots(k.c) },
 		n.checkSharing,
+		n.checkThreads,
+		n.files.Fits,
 	} {
 		if err := step(); err != nil {
 			return err
@@ -466,8 +497,11 @@ func reaped(tid int) bool {
 }
 
 // settleAfter does what takes time, when nobody waits any more.
-func (k *checkpoint) settleAfter(ctx context.Context) error {
+func (k *checkpoint) settleAfter(context.Context) error {
 	var errs error
+	for _, w := range k.c.record.Warnings {
+		k.Log.Warn(w)
+	}
 	if !k.LeaveRunning {
 		for _, q := range k.quota {
 			_ = k.guard.Strike(q.entry) // its cgroup goes with the container

@@ -31,6 +31,7 @@ type container struct {
 	spec        *specs.Spec
 	record      image.Container
 	root        *os.File // of its file system
+	lock        *os.File // its state directory
 	initPid     int
 	pidDepth    int // levels of pid namespaces down to the container's
 	inodes      map[string]uint64
@@ -55,17 +56,40 @@ func load(root, id string) (*container, error) {
 		return nil, &fail.Error{Cause: fmt.Errorf("container %q is %s", id, status), Remedy: "only running and paused containers can be checkpointed"}
 	}
 	c := &container{lib: lib}
+	if c.lock, err = lockState(root, id); err != nil {
+		return nil, err
+	}
 	if err := c.describe(root); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
-func (c *container) Close() error {
-	if c.root == nil {
-		return nil
+// lockState keeps two journeys of one container apart: each would take what the
+// other does to it for the engine's doing.
+func lockState(root, id string) (*os.File, error) {
+	f, err := os.Open(filepath.Join(root, id))
+	if err != nil {
+		return nil, err
 	}
-	return c.root.Close()
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = &fail.Error{Cause: fmt.Errorf("another checkpoint of container %q is running", id), Remedy: "wait for it"}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (c *container) Close() error {
+	var errs error
+	for _, f := range []*os.File{c.root, c.lock} {
+		if f != nil {
+			errs = errors.Join(errs, f.Close())
+		}
+	}
+	return errs
 }
 
 // describe fills in the image's record of the container.
@@ -115,6 +139,10 @@ func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err
 	}
 	if c.spec.Process != nil && c.spec.Process.Terminal {
 		return fail.Refuse("terminal", "containers with a terminal are not supported yet", "run it without (process.terminal false)")
+	}
+	// What restore would refuse for the bundle's sake is refused now.
+	if err := checkBundle(c.spec); err != nil {
+		return fail.On("bundle "+c.record.Bundle, err)
 	}
 	c.record.Annotations = c.spec.Annotations
 	c.record.Config, err = json.Marshal(config)
@@ -204,6 +232,7 @@ func (c *container) readMounts(_ *libcontainer.State, config *configs.Config) er
 	if err != nil {
 		return goneIs(c.initPid, err)
 	}
+	c.record.Mounts = nil
 	for line := range strings.Lines(string(b)) {
 		m, err := parseMount(strings.TrimSuffix(line, "\n"))
 		if err != nil {
@@ -241,9 +270,31 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-func (c *container) readNames(*libcontainer.State, *configs.Config) error {
+// readNames refuses a host name that the container has given itself.
+func (c *container) readNames(_ *libcontainer.State, config *configs.Config) error {
+	if config.Hostname != "" && c.inodes["uts"] != 0 {
+		var name unix.Utsname
+		err := nsutil.Inside(nsutil.Path(c.initPid, "uts"), func() error { return unix.Uname(&name) })
+		if err != nil {
+			return err
+		}
+		if live := unix.ByteSliceToString(name.Nodename[:]); live != config.Hostname {
+			return fail.Refuse("host name "+live, "the container changed it from "+config.Hostname+"; that is not supported yet", "set it in the bundle")
+		}
+	}
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", c.initPid)); err == nil {
 		c.record.LSM = strings.TrimRight(string(b), "\n\x00")
+	}
+	return nil
+}
+
+// lookAgain repeats, at the stop, the checks that what runs can invalidate.
+func (c *container) lookAgain() error {
+	config := c.lib.Config()
+	for _, check := range []func(*libcontainer.State, *configs.Config) error{c.readMounts, c.readNames, c.checkIPC} {
+		if err := check(nil, &config); err != nil {
+			return err
+		}
 	}
 	return nil
 }

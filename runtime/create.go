@@ -101,17 +101,26 @@ func loadBundle(bundle string) (*specs.Spec, error) {
 	if err := json.Unmarshal(raw, spec); err != nil {
 		return nil, fmt.Errorf("%s/config.json: %w", bundle, err)
 	}
+	if err := checkBundle(spec); err != nil {
+		return nil, fail.On("bundle "+bundle, err)
+	}
+	return spec, os.Chdir(bundle)
+}
+
+// checkBundle refuses bundles that cannot be restored into.
+func checkBundle(spec *specs.Spec) error {
 	if spec.Process == nil || spec.Linux == nil || spec.Root == nil {
-		return nil, fmt.Errorf("%s/config.json: no process, root or linux section", bundle)
+		return fail.Refuse("", "its config.json has no process, root or linux section", "")
 	}
 	hasProc := false
 	for _, m := range spec.Mounts {
 		hasProc = hasProc || m.Type == "proc" && filepath.Clean(m.Destination) == "/proc"
 	}
 	if !hasProc {
-		return nil, fail.Refuse("bundle "+bundle, "it mounts no /proc; restoring without one is not supported yet", "add a mount of type proc")
+		return fail.Refuse("", "it mounts no /proc; restoring without one is not supported yet", "add a mount of type proc")
 	}
-	return spec, os.Chdir(bundle)
+	_, err := grantsOf(spec)
+	return err
 }
 
 // continueClocks gives the container a time namespace in which CLOCK_MONOTONIC

@@ -2,6 +2,7 @@ package runtime
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
 // An image grants nothing. Everything in it is a claim, and what the operator's
@@ -23,16 +25,60 @@ type grants struct {
 	groups       []uint32
 	anyID        bool // set-uid programs could have given others
 	noNewPrivs   bool
+	rlimits      map[int]uint64 // hard limits that the bundle sets
+	oomScoreAdj  int32
+	nice         int32 // of this process, which a container inherits
 }
 
 // checkImage refuses an image that claims more than the bundle gives.
 func (g *grants) checkImage(head *image.Head) error {
 	for _, t := range head.Tasks {
+		if err := g.checkTask(t); err != nil {
+			return fail.In(fmt.Sprintf("task %d", t.Pid), err)
+		}
 		for i := range t.Threads {
 			if err := g.check(&t.Threads[i]); err != nil {
 				return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
 			}
 		}
+	}
+	return nil
+}
+
+// checkTask refuses limits beyond those that the bundle sets, or that the
+// container would inherit from us.
+func (g *grants) checkTask(t *image.Task) error {
+	for i, l := range t.Rlimits {
+		allowed, set := g.rlimits[i]
+		if !set {
+			var own unix.Rlimit
+			if err := unix.Getrlimit(i, &own); err != nil {
+				return fmt.Errorf("getrlimit: %w", err)
+			}
+			allowed = own.Max
+		}
+		if l.Max > allowed && g.capabilities&(1<<unix.CAP_SYS_RESOURCE) == 0 {
+			return fail.Refuse(fmt.Sprintf("resource limit %d", i), fmt.Sprintf("its hard limit is %d and the container may have %d", l.Max, allowed), "raise it in the bundle (process.rlimits) or here (ulimit -H)")
+		}
+	}
+	if t.OOMScoreAdj < g.oomScoreAdj && g.capabilities&(1<<unix.CAP_SYS_RESOURCE) == 0 {
+		return fail.Refuse("", fmt.Sprintf("its oom_score_adj %d is below the container's %d", t.OOMScoreAdj, g.oomScoreAdj), "lower it in the bundle (process.oomScoreAdj)")
+	}
+	return nil
+}
+
+// checkScheduling refuses priorities that take CAP_SYS_NICE.
+func (g *grants) checkScheduling(t *image.Thread) error {
+	const (
+		ioprioClassShift = 13
+		ioprioClassRT    = 1
+	)
+	if g.capabilities&(1<<unix.CAP_SYS_NICE) != 0 {
+		return nil
+	}
+	realtime := t.Sched.Policy == unix.SCHED_FIFO || t.Sched.Policy == unix.SCHED_RR || t.Sched.Policy == unix.SCHED_DEADLINE
+	if realtime || t.Sched.Nice < g.nice || t.IOPrio>>ioprioClassShift == ioprioClassRT {
+		return fail.Refuse("", "it has a priority that takes CAP_SYS_NICE, which the bundle does not give", "add it to the bundle's bounding set if it may have it")
 	}
 	return nil
 }
@@ -53,6 +99,9 @@ func grantsOf(spec *specs.Spec) (*grants, error) {
 	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
 		return nil, fail.Refuse("bundle", "AppArmor profiles and SELinux labels are not supported yet", "")
 	}
+	if err := g.inherit(p); err != nil {
+		return nil, err
+	}
 	if p.Capabilities == nil {
 		return g, nil
 	}
@@ -66,7 +115,38 @@ func grantsOf(spec *specs.Spec) (*grants, error) {
 	return g, nil
 }
 
+// inherit notes what a container has from its bundle or else from this process.
+func (g *grants) inherit(p *specs.Process) error {
+	g.rlimits = map[int]uint64{}
+	for _, l := range p.Rlimits {
+		if n, ok := rlimitNumbers[l.Type]; ok {
+			g.rlimits[n] = l.Hard
+		}
+	}
+	if p.OOMScoreAdj != nil {
+		g.oomScoreAdj = int32(*p.OOMScoreAdj)
+	} else if own, err := task.OOMScoreAdj(os.Getpid()); err == nil {
+		g.oomScoreAdj = own
+	}
+	own, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		return fmt.Errorf("getpriority: %w", err)
+	}
+	g.nice = int32(20 - own) // the raw call returns 20 - nice
+	return nil
+}
+
+// rlimitNumbers are the RLIMIT_* by the names of the OCI specification.
+var rlimitNumbers = map[string]int{
+	"RLIMIT_CPU": 0, "RLIMIT_FSIZE": 1, "RLIMIT_DATA": 2, "RLIMIT_STACK": 3, "RLIMIT_CORE": 4, "RLIMIT_RSS": 5,
+	"RLIMIT_NPROC": 6, "RLIMIT_NOFILE": 7, "RLIMIT_MEMLOCK": 8, "RLIMIT_AS": 9, "RLIMIT_LOCKS": 10,
+	"RLIMIT_SIGPENDING": 11, "RLIMIT_MSGQUEUE": 12, "RLIMIT_NICE": 13, "RLIMIT_RTPRIO": 14, "RLIMIT_RTTIME": 15,
+}
+
 func (g *grants) check(t *image.Thread) error {
+	if err := g.checkScheduling(t); err != nil {
+		return err
+	}
 	c := &t.Creds
 	if extra := (c.Bounding | c.Permitted | c.Effective | c.Inheritable | c.Ambient) &^ g.capabilities; extra != 0 {
 		return fail.Refuse("", "it has capabilities that the bundle does not give: "+capabilityNames(extra), "add them to the bundle's bounding set if it may have them")

@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 )
 
@@ -59,11 +60,18 @@ func checkMounts(c *container, config *configs.Config) error {
 	return nil
 }
 
+// mounted reports whether path is, or leads to, a mount point.
+func (c *container) mounted(path string) bool {
+	return slices.ContainsFunc(c.record.Mounts, func(m image.Mount) bool {
+		return m.Point == path || strings.HasPrefix(m.Point, path+"/")
+	})
+}
+
 // below reports a mount under one of the bundle's own mounts of a device type:
 // libcontainer mounts every cgroup v1 controller below one "cgroup" entry.
 func below(point string, config *configs.Config, device string) bool {
 	for _, m := range config.Mounts {
-		if m.Device == device && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") || m.Device == "bind" && m.IsBind() && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") {
+		if m.Device == device && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") || m.IsBind() && m.Flags&unix.MS_REC != 0 && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") {
 			return true
 		}
 	}
@@ -100,7 +108,9 @@ func (c *container) checkEmpty(point, kind string, known []string) error {
 		if e.Type()&os.ModeSymlink != 0 && strings.HasPrefix(point, "/sys/fs/cgroup") {
 			continue
 		}
-		if !slices.Contains(known, e.Name()) {
+		// The engine makes links, devices and mount points, and nothing else.
+		plain := e.Type()&(os.ModeSymlink|os.ModeDevice) == 0 && !c.mounted(filepath.Join(point, e.Name()))
+		if !slices.Contains(known, e.Name()) || plain {
 			return fail.Refuse(kind+" "+point, "it holds "+filepath.Join(point, e.Name())+", and files in memory are not supported yet", "remove it, or put it on the container's root")
 		}
 	}

@@ -20,9 +20,11 @@ const ImageFile = "checkpoint.img"
 // renamed into place when it is whole, or a stream of the caller's.
 type output struct {
 	io.Writer
-	path  string // final name, "" for a stream
-	file  *os.File
-	entry guardian.Entry
+	path string // final name, "" for a stream
+	file *os.File
+	// replaced is the image that had the name before.
+	replaced *os.File
+	entry    guardian.Entry
 }
 
 // openOutput opens the output; path "" means w.
@@ -31,7 +33,11 @@ func openOutput(path string, w io.Writer, guard *guardian.Guardian) (*output, er
 		return &output{Writer: w}, nil
 	}
 	if st, err := os.Stat(path); err == nil && !st.Mode().IsRegular() {
-		f, err := os.OpenFile(path, os.O_WRONLY, 0) // a fifo or device is written as it is
+		// A fifo or device is written as it is; a fifo must have its reader.
+		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return nil, err
+		}
 		return &output{Writer: f, file: f}, err
 	}
 	if err := makeDir(filepath.Dir(path), guard); err != nil {
@@ -90,6 +96,8 @@ func (o *output) commit(guard *guardian.Guardian) error {
 	if o.path == "" {
 		return nil
 	}
+	// Freeing an old image's blocks takes long; held open, it goes later.
+	o.replaced, _ = os.Open(o.path)
 	if err := os.Rename(o.file.Name(), o.path); err != nil {
 		return err
 	}
@@ -112,6 +120,9 @@ func (o *output) sync() error {
 }
 
 func (o *output) Close() error {
+	if o.replaced != nil {
+		_ = o.replaced.Close()
+	}
 	if o.file == nil {
 		return nil
 	}

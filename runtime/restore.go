@@ -55,7 +55,7 @@ type restore struct {
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
 	spaces  map[image.Ref]*tracee.Stub // who has an address space
-	full    uint64 // the stubs' capabilities
+	full    uint64                     // the stubs' capabilities
 }
 
 // Restored is a container that has been restored and runs.
@@ -90,6 +90,10 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 		return nil, r.abandon(err)
 	}
 	r.report.Wall = time.Since(begin)
+	r.report.ID, r.report.Tasks = fmt.Sprintf("%x", r.head.Header.ID), len(r.head.Tasks)
+	for _, t := range r.head.Tasks {
+		r.report.Threads += len(t.Threads)
+	}
 	return &Restored{Report: r.report, made: r.made}, r.afterwards()
 }
 
@@ -198,6 +202,7 @@ func (r *restore) grow(context.Context) error {
 		return err
 	}
 	var b tracee.Batch
+	task.ResetSignals(&b)
 	task.ChildSignals(&b, true)
 	if _, err := r.made.stub.Run(&b); err != nil {
 		return err
@@ -287,7 +292,7 @@ func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, children []int) erro
 }
 
 func (r *restore) exitSignal(pid int) int32 {
-	if t := r.head.Task(int32(pid)); t != nil && t.ExitSignal > 0 {
+	if t := r.head.Task(int32(pid)); t != nil && t.ExitSignal >= 0 {
 		return t.ExitSignal
 	}
 	return int32(unix.SIGCHLD)
@@ -409,6 +414,9 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.endZombies(); err != nil {
 		return err
 	}
+	if err := r.maker.Seal(); err != nil {
+		return err
+	}
 	return r.each(ctx, r.finishTask)
 }
 
@@ -450,6 +458,11 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 
 func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image.Sighand) error {
 	rec := &t.Threads[i]
+	if int(t.Pid) == r.made.initPid && rec.PDeathSig != 0 {
+		// Its parent would be us. The real one is gone anyway.
+		r.Log.Warn("parent death signal of the container's init is dropped", "signal", rec.PDeathSig)
+		rec.PDeathSig = 0
+	}
 	var b tracee.Batch
 	task.RestoreThread(&b, rec, r.full, r.made.filters)
 	if i == 0 {
@@ -508,6 +521,9 @@ func (r *restore) settle(context.Context) error {
 	}
 	if r.PidFile == "" {
 		return nil
+	}
+	if _, err := r.guard.Promise(guardian.Remove(r.PidFile)); err != nil {
+		return err
 	}
 	return writePidFile(r.PidFile, r.made.stub.Pid)
 }

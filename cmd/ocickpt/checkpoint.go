@@ -61,7 +61,7 @@ func imageOut(c *cli.Context) (string, io.Writer, error) {
 		if isTerminal(os.Stdout) {
 			return "", nil, errors.New("--image -: the image is binary and standard output is a terminal; redirect it")
 		}
-		return "", os.Stdout, nil
+		return "", stream(c.Context, 1, unix.O_WRONLY), nil
 	case image != "":
 		path, err := filepath.Abs(image)
 		return path, nil, err

@@ -65,6 +65,9 @@ func main() {
 	// A reader of the image that goes away is an error like any other. Ignoring
 	// the signal would do, but is inherited by every program we start.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
+	for _, c := range app.Commands { // not inherited
+		c.OnUsageError = app.OnUsageError
+	}
 	err := app.RunContext(ctx, os.Args)
 	stop()
 	os.Exit(report(err))

@@ -100,7 +100,7 @@ func imageIn(c *cli.Context) (io.ReadCloser, error) {
 	case image != "" && c.IsSet("image-path"):
 		return nil, errors.New("--image and --image-path exclude each other")
 	case image == "-":
-		return os.Stdin, nil
+		return stream(c.Context, 0, unix.O_RDONLY), nil
 	case image != "":
 		return os.Open(image)
 	}

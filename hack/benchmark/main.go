@@ -1,11 +1,14 @@
 // Command benchmark measures checkpoint and restore of ocickpt and, where a
 // working criu is on PATH, of runc in the same run: wall time, stopped time,
 // image size and peak memory, for a shell container and redis of two sizes.
-// It prints a markdown table of medians. It needs root, runc, redis-server and
-// bin/ocickpt; hack/bench is the way to start it.
+// Between them dd writes as much to the same file system, as the measure of how
+// fast an image could be written at all. It prints a markdown table of medians.
+// It needs root, runc, redis-server and bin/ocickpt; hack/bench is the way to
+// start it.
 package main
 
 import (
+	"cmp"
 	"flag"
 	"fmt"
 	"os"
@@ -16,6 +19,7 @@ import (
 func main() {
 	runs := flag.Int("runs", 5, "measured `runs` for each container; the biggest gets three at most")
 	quick := flag.Bool("quick", false, "leave the biggest container out")
+	flag.StringVar(&ocickpt.binary, "ocickpt", ocickpt.binary, "the `program` to measure")
 	flag.Parse()
 	if err := bench(*runs, *quick); err != nil {
 		fmt.Fprintln(os.Stderr, "benchmark:", err)
@@ -33,8 +37,9 @@ type workload struct {
 // sample is one checkpoint and restore. Zero fields were not measured.
 type sample struct {
 	start, checkpoint, stopped, restore time.Duration
-	image                               int64 // bytes
-	dumpRSS, restoreRSS                 int64 // bytes, peak of the process itself
+	written, read                       time.Duration // of the journey's own phases
+	image                               int64         // bytes
+	dumpRSS, restoreRSS                 int64         // bytes, peak of the process itself
 }
 
 func bench(runs int, quick bool) error {
@@ -43,10 +48,6 @@ func bench(runs int, quick bool) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	disk, err := ddRate(dir)
-	if err != nil {
-		return err
-	}
 	workloads := []workload{{"shell", 0, 2 * runs}, {"redis 64 MiB", 64, runs}}
 	if !quick {
 		workloads = append(workloads, workload{"redis 1 GiB", 1024, min(runs, 3)})
@@ -57,37 +58,53 @@ func bench(runs int, quick bool) error {
 	} else {
 		tools = append(tools, runc)
 	}
-	t := newTable(disk)
+	t := &table{}
 	for _, w := range workloads {
-		medians := make([]sample, len(tools))
-		if err := measureAll(dir, w, tools, medians); err != nil {
+		medians, rate, err := measureAll(dir, w, tools)
+		if err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
-		t.add(w, tools, medians)
+		t.add(w, tools, medians, rate)
 	}
 	fmt.Print(t)
 	return nil
 }
 
-// measureAll takes the tools in turns, so that what else the machine does
-// meanwhile meets all of them. The first turn warms up and does not count.
-func measureAll(dir string, w workload, tools []tool, medians []sample) error {
+// measureAll takes the tools and dd in turns, so that what else the machine does
+// meanwhile meets all of them. The first turn warms up and does not count. It
+// returns the median of each tool and dd's rate, 0 for a workload that is too
+// small to compare.
+func measureAll(dir string, w workload, tools []tool) (medians []sample, rate float64, err error) {
 	samples := make([][]sample, len(tools))
+	var rates []float64
 	for turn := range w.runs + 1 {
 		for i, tool := range tools {
 			s, err := measure(dir, w, tool)
 			if err != nil {
-				return fmt.Errorf("%s: %w", tool.name, err)
+				return nil, 0, fmt.Errorf("%s: %w", tool.name, err)
 			}
 			if turn > 0 {
 				samples[i] = append(samples[i], s)
 			}
 		}
+		if w.mib == 0 {
+			continue
+		}
+		r, err := ddRate(dir, w.mib)
+		if err != nil {
+			return nil, 0, err
+		}
+		if turn > 0 {
+			rates = append(rates, r)
+		}
 	}
-	for i := range tools {
-		medians[i] = median(samples[i])
+	for _, s := range samples {
+		medians = append(medians, median(s))
 	}
-	return nil
+	if len(rates) > 0 {
+		rate = middle(rates, func(r float64) float64 { return r })
+	}
+	return medians, rate, nil
 }
 
 // median takes the median of each field by itself.
@@ -96,13 +113,15 @@ func median(samples []sample) (m sample) {
 	m.checkpoint = middle(samples, func(s sample) time.Duration { return s.checkpoint })
 	m.stopped = middle(samples, func(s sample) time.Duration { return s.stopped })
 	m.restore = middle(samples, func(s sample) time.Duration { return s.restore })
+	m.written = middle(samples, func(s sample) time.Duration { return s.written })
+	m.read = middle(samples, func(s sample) time.Duration { return s.read })
 	m.image = middle(samples, func(s sample) int64 { return s.image })
 	m.dumpRSS = middle(samples, func(s sample) int64 { return s.dumpRSS })
 	m.restoreRSS = middle(samples, func(s sample) int64 { return s.restoreRSS })
 	return m
 }
 
-func middle[T time.Duration | int64](samples []sample, field func(sample) T) T {
+func middle[S any, T cmp.Ordered](samples []S, field func(S) T) T {
 	values := make([]T, len(samples))
 	for i, s := range samples {
 		values[i] = field(s)

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -19,11 +21,12 @@ import (
 // tool is a program that checkpoints and restores containers of runc.
 type tool struct {
 	name, binary string
+	phases       bool // its log says how long each phase took
 }
 
 var (
-	ocickpt = tool{"ocickpt", "bin/ocickpt"}
-	runc    = tool{"runc + criu", "runc"}
+	ocickpt = tool{"ocickpt", "bin/ocickpt", true}
+	runc    = tool{"runc + criu", "runc", false}
 )
 
 // box is one container of a workload.
@@ -55,9 +58,11 @@ func measure(dir string, w workload, by tool) (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
+	if err := warmUp(dir, w.mib); err != nil {
+		return s, err
+	}
 	stopped := watchStop(pid)
-	s.checkpoint, s.dumpRSS, err = b.run(by.binary, "--root", b.state(), "checkpoint",
-		"--image-path", b.image(), b.id)
+	s.checkpoint, s.dumpRSS, s.written, err = b.travel(by, "", "checkpoint", "--image-path", b.image(), b.id)
 	s.stopped = stopped()
 	if err != nil {
 		return s, err
@@ -65,9 +70,58 @@ func measure(dir string, w workload, by tool) (s sample, err error) {
 	if s.image, err = size(b.image()); err != nil {
 		return s, err
 	}
-	s.restore, s.restoreRSS, err = b.run(by.binary, "--root", b.state(), "restore", "--detach",
+	if err := warmUp(dir, w.mib); err != nil {
+		return s, err
+	}
+	s.restore, s.restoreRSS, s.read, err = b.travel(by, creation, "restore", "--detach",
 		"--image-path", b.image(), "--bundle", b.bundle(), b.id)
 	return s, err
+}
+
+// creation is the phase of a restore that is libcontainer's work: it takes as
+// long as `runc run` does, whatever the image.
+const creation = "create the container"
+
+// travel runs one journey of a tool. Of ocickpt it also returns how long the
+// phases but one took together.
+func (b *box) travel(by tool, without string, args ...string) (wall time.Duration, rss int64, phases time.Duration, err error) {
+	global := []string{"--root", b.state()}
+	log := filepath.Join(b.dir, args[0]+".log")
+	if by.phases {
+		global = append(global, "--log", log, "--log-format", "json", "--debug")
+	}
+	wall, rss, err = b.run(by.binary, append(global, args...)...)
+	if err == nil && by.phases {
+		phases, err = sumPhases(log, without)
+	}
+	return wall, rss, phases, err
+}
+
+// sumPhases adds up what `ocickpt --debug` says of each phase.
+func sumPhases(log, without string) (sum time.Duration, err error) {
+	f, err := os.Open(log)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for lines := json.NewDecoder(f); ; {
+		var line struct {
+			Msg, Name string
+			Took      time.Duration // nanoseconds
+		}
+		if err := lines.Decode(&line); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return 0, fmt.Errorf("%s: %w", log, err)
+		}
+		if line.Msg == "phase" && line.Name != without {
+			sum += line.Took
+		}
+	}
+	if sum == 0 {
+		return 0, fmt.Errorf("%s tells of no phases", log)
+	}
+	return sum, nil
 }
 
 func (b *box) create() error {
@@ -223,26 +277,6 @@ func size(dir string) (total int64, err error) {
 		return err
 	})
 	return total, err
-}
-
-// ddRate is what dd writes to the file system of dir, in bytes a second: the
-// median of three files of 1 GiB after one to warm up.
-func ddRate(dir string) (float64, error) {
-	target := filepath.Join(dir, "dd")
-	defer os.Remove(target)
-	var samples []sample
-	for turn := range 4 {
-		os.Remove(target)
-		start := time.Now()
-		out, err := exec.Command("dd", "if=/dev/zero", "of="+target, "bs=1M", "count=1024").CombinedOutput()
-		if err != nil {
-			return 0, fmt.Errorf("dd: %w: %s", err, out)
-		}
-		if turn > 0 {
-			samples = append(samples, sample{checkpoint: time.Since(start)})
-		}
-	}
-	return (1 << 30) / median(samples).checkpoint.Seconds(), nil
 }
 
 // criuBroken tells why runc checkpoint does not work here, nil if it does.

@@ -8,19 +8,22 @@ import (
 
 // table is the markdown table: a line for each workload and tool.
 type table struct {
-	disk float64 // bytes a second that dd writes
-	rows []string
+	rows  []string
+	rates []string // of dd
 }
 
-func newTable(disk float64) *table { return &table{disk: disk} }
-
-func (t *table) add(w workload, tools []tool, medians []sample) {
+// add adds the lines of a workload. dd is the rate of dd in bytes a second, 0 if
+// it was not measured.
+func (t *table) add(w workload, tools []tool, medians []sample, dd float64) {
+	if dd > 0 {
+		t.rates = append(t.rates, fmt.Sprintf("%d MiB at %.2f GiB/s", w.mib, dd/(1<<30)))
+	}
 	for i, tool := range tools {
 		m := medians[i]
 		t.rows = append(t.rows, fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |",
 			w.name, tool.name, ms(m.start), ms(m.checkpoint), ms(m.stopped), ms(m.restore),
 			mib(m.image), mib(m.dumpRSS), mib(m.restoreRSS),
-			t.share(m.image, m.checkpoint), t.share(m.image, m.restore)))
+			share(m.image, m.written, dd), share(m.image, m.read, dd)))
 		if i > 0 {
 			t.rows = append(t.rows, fmt.Sprintf("| | ratio to %s | | %s | %s | %s | | | | | |", tools[0].name,
 				ratio(m.checkpoint, medians[0].checkpoint), ratio(m.stopped, medians[0].stopped),
@@ -33,9 +36,17 @@ func (t *table) String() string {
 	const head = `| container | tool | run -d (ms) | checkpoint (ms) | stopped (ms) | restore (ms) | image (MiB) | checkpoint's memory (MiB) | restore's memory (MiB) | written, of dd | read, of dd |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|
 `
-	return fmt.Sprintf("%s%s\n\nMedians. dd bs=1M writes %.2f GiB/s to the same file system; the last two columns say\n"+
-		"at which share of that the image was written and read, over the whole wall time.\n",
-		head, strings.Join(t.rows, "\n"), t.disk/(1<<30))
+	text := head + strings.Join(t.rows, "\n") + "\n\nMedians, all taken in turns, each after a dd of as much to warm up.\n"
+	if len(t.rates) == 0 {
+		return text
+	}
+	return text + fmt.Sprintf(`In the same turns dd bs=1M writes to a new file of the same file system:
+%s. The last two columns say at which share of that ocickpt
+writes and reads an image: its size by the time of all phases of the checkpoint,
+up to the release, and of the restore but for "create the container". Neither dd
+nor these phases sync; the columns of checkpoint and restore are wall time from
+start to exit, the checkpoint's with its fsync.
+`, strings.Join(t.rates, ", "))
 }
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.1f", float64(d)/float64(time.Millisecond)) }
@@ -48,10 +59,10 @@ func ratio(a, b time.Duration) string {
 	return fmt.Sprintf("%.1f", float64(a)/float64(b))
 }
 
-// share is empty for images too small to say anything about the disk.
-func (t *table) share(bytes int64, took time.Duration) string {
-	if bytes < 32<<20 || took == 0 {
+// share is the rate at which an image was written or read, of dd's.
+func share(bytes int64, took time.Duration, dd float64) string {
+	if took == 0 || dd == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%.0f %%", 100*float64(bytes)/took.Seconds()/t.disk)
+	return fmt.Sprintf("%.0f %%", 100*float64(bytes)/took.Seconds()/dd)
 }

@@ -75,7 +75,7 @@ var timerfd = kind{
 			Flags: uint32(d.seen.number("settime flags", 8)),
 			Left:  d.seen.pair("it_value"), Interval: d.seen.pair("it_interval"),
 		}
-		return nil
+		return d.forward()
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		return b.Add(unix.SYS_TIMERFD_CREATE, tracee.W(f.Timerfd.Clock), tracee.W(0)), nil
@@ -101,10 +101,37 @@ var timerfd = kind{
 	},
 }
 
+// forward brings a periodic timer up to date that has expired and not been read:
+// until it is, the kernel has not armed it again, and shows no time left.
+// timerfd_gettime(2) does that without any other effect.
+func (d *Description) forward() error {
+	t := d.Record.Timerfd
+	if t.Interval == 0 || t.Left != 0 || t.Ticks == 0 {
+		return nil
+	}
+	f, err := d.seen.own()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var spec unix.ItimerSpec
+	if err := unix.TimerfdGettime(int(f.Fd()), &spec); err != nil {
+		return fmt.Errorf("timerfd_gettime: %w", err)
+	}
+	again, err := look(d.seen.proc, d.seen.fd)
+	if err != nil {
+		return err
+	}
+	t.Left, t.Ticks = max(spec.Value.Nano(), 1), again.number("ticks", 10)
+	return nil
+}
+
 // shmem is a memfd that is open (memfd_create(2)).
 var shmem = kind{
 	name: image.KindShmem,
-	is:   func(_ *Set, one *seen) bool { return strings.HasPrefix(one.link, "/memfd:") },
+	is: func(_ *Set, one *seen) bool {
+		return strings.HasPrefix(one.link, "/memfd:") && strings.HasSuffix(one.link, deletedSuffix)
+	},
 	read: func(s *Set, d *Description) (err error) {
 		d.Record.Kind = image.KindShmem
 		if d.segment, err = s.Shared.Memfd(&d.seen.stat, d.seen.path(), d.seen.link); err != nil {

@@ -90,6 +90,28 @@ func sortedRefs(head *image.Head) []image.Ref {
 	return refs
 }
 
+// spareNumbers is how many descriptors a restore takes besides the table.
+const spareNumbers = 16
+
+// Fits refuses a container whose files a restore could not hold: it takes one
+// number for each of them above all numbers in use.
+func (s *Set) Fits() error {
+	top := SocketFD
+	for _, t := range s.tables {
+		if n := len(t.entries); n > 0 {
+			top = max(top, t.entries[n-1].seen.fd)
+		}
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("descriptor limit: %w", err)
+	}
+	if need := uint64(top + 1 + len(s.descs) + len(s.maps) + len(s.order)*2 + spareNumbers); need > limit.Max {
+		return fail.Refuse(fmt.Sprintf("fd %d", top), fmt.Sprintf("restoring would take %d descriptors and the hard limit here is %d", need, limit.Max), "raise it (ulimit -Hn)")
+	}
+	return nil
+}
+
 // FD is the number under which every stub holds the file ref.
 func (m *Maker) FD(ref image.Ref) (int, error) {
 	fd, ok := m.fds[ref]
@@ -411,6 +433,20 @@ func (m *Maker) explain(err error, calls []int, refs []image.Ref) error {
 		}
 	}
 	return err
+}
+
+// Seal gives memfds their seals back, once they are filled (fcntl(2)).
+func (m *Maker) Seal() error {
+	var b tracee.Batch
+	for _, ref := range sortedRefs(m.head) {
+		if rec, ok := m.head.Objects[ref].(*image.Shmem); ok && rec.Memfd && rec.Seals != 0 {
+			b.Add(unix.SYS_FCNTL, tracee.W(m.segments[ref]), tracee.W(unix.F_ADD_SEALS), tracee.W(rec.Seals))
+		}
+	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return fmt.Errorf("seals of a memfd: %w", err)
+	}
+	return nil
 }
 
 // Fill puts bytes back into a pipe. The maker still holds both its ends.

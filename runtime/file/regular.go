@@ -2,6 +2,7 @@ package file
 
 import (
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -142,6 +143,9 @@ var proc = kind{
 		}
 		if s.fsType(d.seen) == "proc" {
 			d.Record.Pid = pidInPath(d.seen.link, s.Mounts, d.seen.mnt)
+			if d.Record.Pid != 0 && strings.Contains(d.seen.link, "/task/") {
+				return fail.Refuse("", "files of single threads in /proc are not supported yet", "close it before the checkpoint")
+			}
 		}
 		return s.resolves(d.seen.link, &d.seen.stat)
 	},

@@ -235,6 +235,12 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Flags = d.seen.flags &^ unix.O_CLOEXEC
 	d.Record.Pos = d.seen.pos
 	d.Record.Opener = int32(d.seen.proc.Inner)
+	if d.seen.field("lock") != "" {
+		return fail.Refuse("", "a lock is held on it; file locks are not supported yet", "release it before the checkpoint")
+	}
+	if d.seen.flags&unix.O_ASYNC != 0 {
+		return fail.Refuse("", "it sends signals (O_ASYNC), which is not supported yet", "clear O_ASYNC before the checkpoint")
+	}
 	for _, k := range kinds {
 		if k.is(s, d.seen) {
 			return k.read(s, d)
@@ -401,7 +407,7 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 }
 
 // FS reads where a process stands in the file system.
-func FS(pid int, umask uint32) (*object.Object, error) {
+func (s *Set) FS(pid int, umask uint32) (*object.Object, error) {
 	rec := &image.FS{Umask: umask}
 	for name, to := range map[string]*string{"cwd": &rec.Cwd, "root": &rec.Root} {
 		path, err := os.Readlink(fmt.Sprintf("/proc/%d/%s", pid, name))
@@ -410,6 +416,14 @@ func FS(pid int, umask uint32) (*object.Object, error) {
 		}
 		if strings.HasSuffix(path, deletedSuffix) || !filepath.IsAbs(path) {
 			return nil, fail.Refuse(name+" "+path, "the directory was deleted", "change to another directory before the checkpoint")
+		}
+		var st unix.Stat_t
+		err = unix.Stat(fmt.Sprintf("/proc/%d/%s", pid, name), &st)
+		if err == nil {
+			err = s.resolves(path, &st)
+		}
+		if err != nil {
+			return nil, fail.On(name+" "+path, gone(pid, err))
 		}
 		*to = path
 	}

@@ -452,7 +452,7 @@ func TestTableOfChild(t *testing.T) {
 	if len(table.entries) < 3 || table.entries[0].seen.link != "/dev/null" || !slices.IsSortedFunc(table.entries, func(a, b entry) int { return a.seen.fd - b.seen.fd }) {
 		t.Errorf("%+v", table.entries)
 	}
-	fs, err := FS(c.Process.Pid, 0o22)
+	fs, err := s.FS(c.Process.Pid, 0o22)
 	must(t, err)
 	here, err := os.Getwd()
 	must(t, err)
@@ -464,7 +464,7 @@ func TestTableOfChild(t *testing.T) {
 	if _, err := s.AddTable(&Process{Pid: c.Process.Pid}); !errors.Is(err, tracee.ErrGone) {
 		t.Errorf("a process that is gone: %v", err)
 	}
-	if _, err := FS(c.Process.Pid, 0); !errors.Is(err, tracee.ErrGone) {
+	if _, err := s.FS(c.Process.Pid, 0); !errors.Is(err, tracee.ErrGone) {
 		t.Errorf("a process that is gone: %v", err)
 	}
 }

@@ -29,11 +29,21 @@ var stdio = kind{
 // opened again is known by its name.
 func (s *Set) stdioNumber(one *seen) int {
 	match := -1
-	for i, link := range s.Stdio {
-		if link != strings.TrimSuffix(one.link, deletedSuffix) || !s.engineGave(one) {
+	order := []int{0, 1, 2}
+	if writes(one.flags) { // one description as all three is an output above all
+		order = []int{1, 2, 0}
+	}
+	for _, i := range order[:min(len(order), len(s.Stdio))] {
+		if i >= len(s.Stdio) || !s.engineGave(one) {
 			continue
 		}
-		if same, err := kcmp(s.Init.Pid, one.proc.Pid, kcmpFile, uintptr(i), uintptr(one.fd)); err == nil && same == 0 {
+		same, err := kcmp(s.Init.Pid, one.proc.Pid, kcmpFile, uintptr(i), uintptr(one.fd))
+		held := err == nil && same == 0
+		// A host file may have been renamed since (a log that is rotated).
+		if s.Stdio[i] != strings.TrimSuffix(one.link, deletedSuffix) && !(held && s.external(one) && strings.HasPrefix(one.link, "/")) {
+			continue
+		}
+		if held {
 			return i
 		}
 		if match < 0 && (i == 0) == !writes(one.flags) {

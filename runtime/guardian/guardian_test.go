@@ -324,7 +324,7 @@ func TestRollbackGoesOnAfterFailure(t *testing.T) {
 		check(t, err)
 	}
 	err = g.Rollback()
-	if !errors.Is(err, unix.EISDIR) || strings.Count(err.Error(), dir) != 2 {
+	if !errors.Is(err, unix.EISDIR) || strings.Count(err.Error(), dir) < 2 {
 		t.Errorf("error is %v, want both failures", err)
 	}
 	holds(t, file, "original")

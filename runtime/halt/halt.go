@@ -30,7 +30,7 @@ const (
 	// limit is how long a thread may take to its ptrace stop, vforkLimit while
 	// there may be a vfork parent among them, which never gets there.
 	limit      = time.Second
-	vforkLimit = 50 * time.Millisecond
+	vforkLimit = 10 * time.Millisecond
 )
 
 // Halt holds the threads of a container.
@@ -40,8 +40,9 @@ type Halt struct {
 	Live   map[int]*tracee.Live   // by host pid
 
 	cgroup   *cgroupfreeze.Cgroup
-	touched  bool // the cgroup has been asked to freeze
-	stops    bool // frozen tasks come to a ptrace stop without a thaw
+	limbo    map[int]*tracee.Thread // that have not stopped, from an earlier try
+	touched  bool                   // the cgroup has been asked to freeze
+	stops    bool                   // frozen tasks come to a ptrace stop without a thaw
 	mayVfork bool
 	culprit  *tracee.Thread
 }
@@ -54,7 +55,7 @@ type Halt struct {
 // the other: frozen by it, tasks reach a ptrace stop as they are, and stay
 // frozen if we die before they are in order again.
 func New(paths map[string]string, paused bool) (*Halt, error) {
-	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}}
+	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}, limbo: map[int]*tracee.Thread{}}
 	var err error
 	if unified := paths[""]; unified != "" && (paths["freezer"] == "" || !paused) {
 		h.cgroup, err = cgroupfreeze.Open(map[string]string{"": unified})
@@ -134,6 +135,17 @@ func (h *Halt) seize() (fresh []*tracee.Thread, err error) {
 			if h.Held[tid] != nil {
 				continue
 			}
+			if t := h.limbo[tid]; t != nil { // still ours, and its stop still asked for
+				delete(h.limbo, tid)
+				h.Held[tid] = t
+				fresh = append(fresh, t)
+				continue
+			}
+			// Seizing waits for a stopped task to notice, which one that is
+			// frozen by cgroup v1 cannot.
+			if !h.stops && task.JobStopped(tid) {
+				return nil, stopped(tid)
+			}
 			t, err := tracee.Seize(pid, tid, tracee.LiveOptions)
 			if errors.Is(err, tracee.ErrGone) || err != nil && task.Ended(tid) {
 				continue
@@ -151,6 +163,11 @@ func (h *Halt) seize() (fresh []*tracee.Thread, err error) {
 	return fresh, nil
 }
 
+func stopped(tid int) error {
+	return fail.In(fmt.Sprintf("task (host %d)", tid),
+		fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint"))
+}
+
 // await waits for the stops and repairs at once what they have interrupted. A
 // thread that has died meanwhile is let go.
 func (h *Halt) await(threads []*tracee.Thread) error {
@@ -162,6 +179,9 @@ func (h *Halt) await(threads []*tracee.Thread) error {
 		err := t.WaitInterrupt(wait)
 		if err == nil {
 			err = repair(t)
+		}
+		if err == nil && t.GroupStopped() {
+			err = stopped(t.Tid)
 		}
 		if errors.Is(err, tracee.ErrGone) {
 			delete(h.Held, t.Tid)
@@ -249,12 +269,16 @@ func (h *Halt) Release(ctx context.Context) error {
 		return nil // a freeze and a thaw would not pass unnoticed
 	}
 	errs := h.cgroup.Freeze(context.WithoutCancel(ctx))
-	for _, t := range h.Held {
-		if err := t.Detach(0); err != nil && !errors.Is(err, tracee.ErrGone) {
+	held := h.Held
+	h.Forget()
+	for tid, t := range held {
+		switch err := t.Detach(0); {
+		case errors.Is(err, tracee.ErrGone) && !task.Ended(tid):
+			h.limbo[tid] = t // not stopped, so it cannot be let go; it is when we end
+		case err != nil && !errors.Is(err, tracee.ErrGone):
 			errs = errors.Join(errs, err)
 		}
 	}
-	h.Forget()
 	if !h.Paused {
 		errs = errors.Join(errs, h.cgroup.Thaw(context.WithoutCancel(ctx)))
 	}

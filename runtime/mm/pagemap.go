@@ -66,7 +66,7 @@ type pageRegion struct{ start, end, categories uint64 }
 func (p *pagemap) own(start, end uint64, yield func(extent) error) error {
 	if p.scan {
 		err := p.ownByScan(start, end, yield)
-		if !errors.Is(err, unix.ENOTTY) && !errors.Is(err, unix.EINVAL) {
+		if !errors.Is(err, errNoScan) {
 			return err
 		}
 		p.scan = false
@@ -74,8 +74,12 @@ func (p *pagemap) own(start, end uint64, yield func(extent) error) error {
 	return p.ownByEntries(start, end, yield)
 }
 
+// errNoScan says that this kernel has no PAGEMAP_SCAN.
+var errNoScan = errors.New("no PAGEMAP_SCAN")
+
 func (p *pagemap) ownByScan(start, end uint64, yield func(extent) error) error {
 	regions := make([]pageRegion, 512)
+	known := uint64(pageIsGuard | pageIsPresent)
 	for start < end {
 		arg := scanArg{
 			start: start, end: end,
@@ -83,10 +87,17 @@ func (p *pagemap) ownByScan(start, end uint64, yield func(extent) error) error {
 			categoryInverted:  pageIsFile | pageIsPfnZero,
 			categoryMask:      pageIsFile | pageIsPfnZero,
 			categoryAnyofMask: pageIsPresent | pageIsSwapped,
-			returnMask:        pageIsGuard,
+			returnMask:        known,
 		}
 		arg.size = uint64(unsafe.Sizeof(arg))
 		n, _, errno := unix.Syscall(unix.SYS_IOCTL, p.file.Fd(), pagemapScan, uintptr(unsafe.Pointer(&arg)))
+		if errno == unix.EINVAL && known&pageIsGuard != 0 {
+			known &^= pageIsGuard // before 6.15
+			continue
+		}
+		if errno == unix.ENOTTY || errno == unix.EINVAL {
+			return errNoScan
+		}
 		if errno != 0 {
 			return fmt.Errorf("PAGEMAP_SCAN: %w", errno)
 		}

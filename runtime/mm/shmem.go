@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -19,6 +20,7 @@ import (
 type Segment struct {
 	object.Object
 	Record *image.Shmem
+	mapped bool   // shared, by somebody
 	path   string // of a link in /proc through which it can be opened
 }
 
@@ -64,6 +66,9 @@ func (s *Segment) Details() error {
 	}
 	defer f.Close()
 	s.seals(f)
+	if s.mapped && s.Record.Seals&(unix.F_SEAL_WRITE|unix.F_SEAL_FUTURE_WRITE) != 0 {
+		return fail.Refuse("", "a memfd sealed against writing that is mapped is not supported yet", "unmap it before the checkpoint")
+	}
 	st, err := f.Stat()
 	if err == nil {
 		s.Record.Size = uint64(st.Size())

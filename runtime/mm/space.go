@@ -134,12 +134,13 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 	case m.inode == 0 && !m.shared():
 		a.Kind, a.Offset = image.AreaAnon, 0
 		return nil, nil
-	case m.name == "/dev/zero"+deletedSuffix && m.shared(), strings.HasPrefix(m.name, "/memfd:"):
+	case m.name == "/dev/zero"+deletedSuffix && m.shared(), strings.HasPrefix(m.name, "/memfd:") && m.deleted():
 		a.Kind = image.AreaShmem
 		seg, err := shared.segment(inode{m.dev, m.inode}, link, m.name)
 		if err != nil {
 			return nil, err
 		}
+		seg.mapped = seg.mapped || m.shared()
 		return &seg.Object, nil
 	case strings.HasPrefix(m.name, "/SYSV"):
 		return nil, fail.Refuse("", "System V shared memory is not supported yet", "")

@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -18,12 +19,23 @@ const (
 
 // inet is TCP and UDP over IPv4 and IPv6, as far as there is no peer.
 var inet = family{
+	types: [][2]int32{
+		{unix.SOCK_STREAM, unix.IPPROTO_TCP}, {unix.SOCK_STREAM, ipprotoMPTCP}, {unix.SOCK_DGRAM, unix.IPPROTO_UDP},
+	},
 	options: []option{
 		{unix.SOL_IPV6, unix.IPV6_V6ONLY, 4},
 		{unix.SOL_IP, unix.IP_TOS, 4},
 		{unix.SOL_IP, unix.IP_TTL, 4},
 		{unix.SOL_IP, unix.IP_TRANSPARENT, 4},
 		{unix.SOL_IP, unix.IP_FREEBIND, 4},
+		{unix.SOL_IP, unix.IP_PKTINFO, 4},
+		{unix.SOL_IP, unix.IP_RECVERR, 4},
+		{unix.SOL_IP, unix.IP_RECVTTL, 4},
+		{unix.SOL_IP, unix.IP_RECVTOS, 4},
+		{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 4},
+		{unix.SOL_IPV6, unix.IPV6_RECVERR, 4},
+		{unix.SOL_TCP, unix.TCP_CORK, 4},
+		{unix.SOL_TCP, unix.TCP_NOTSENT_LOWAT, 4},
 		{unix.SOL_TCP, unix.TCP_NODELAY, 4},
 		{unix.SOL_TCP, unix.TCP_DEFER_ACCEPT, 4},
 		{unix.SOL_TCP, unix.TCP_KEEPIDLE, 4},
@@ -74,6 +86,9 @@ func readTCP(fd int, s *image.Socket) error {
 			return fail.Refuse("", fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "let the program accept them, or stop the clients")
 		}
 	case tcpClose:
+		if info.Segs_in != 0 || info.Segs_out != 0 {
+			return fail.Refuse("", "a TCP connection that has ended but is not closed is not supported yet", "let the program close it")
+		}
 	default:
 		return fail.Refuse("", fmt.Sprintf("a TCP connection in state %d is not supported yet", info.State), "close it before the checkpoint")
 	}
@@ -81,11 +96,12 @@ func readTCP(fd int, s *image.Socket) error {
 }
 
 func emptyQueue(fd int) error {
-	n, err := unix.IoctlGetInt(fd, unix.SIOCINQ)
-	if err != nil {
-		return fmt.Errorf("SIOCINQ: %w", err)
+	// SIOCINQ would not tell a datagram of no bytes from none.
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if _, err := unix.Poll(fds, 0); err != nil && !errors.Is(err, unix.EINTR) {
+		return fmt.Errorf("poll: %w", err)
 	}
-	if n != 0 {
+	if fds[0].Revents&(unix.POLLIN|unix.POLLERR) != 0 {
 		return fail.Refuse("", "datagrams wait to be read; they are not supported yet", "let the program read them")
 	}
 	return nil

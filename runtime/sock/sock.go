@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,8 @@ type Inside struct {
 type family struct {
 	// read fills in the record of a socket that is open here as fd.
 	read func(in *Inside, fd int, inode uint64, s *image.Socket) error
+	// types are the pairs of type and protocol that there are.
+	types [][2]int32
 	// options are the socket options to read and set again.
 	options []option
 	// prepare adds calls between socket(2) and bind(2), settle those after.
@@ -55,13 +58,15 @@ var generic = []option{
 	{unix.SOL_SOCKET, unix.SO_BROADCAST, 4},
 	{unix.SOL_SOCKET, unix.SO_LINGER, 8},
 	{unix.SOL_SOCKET, unix.SO_PASSCRED, 4},
-	{unix.SOL_SOCKET, unix.SO_PRIORITY, 4},
 	{unix.SOL_SOCKET, unix.SO_RCVLOWAT, 4},
 	{unix.SOL_SOCKET, unix.SO_MARK, 4},
 	{unix.SOL_SOCKET, unix.SO_TIMESTAMP, 4},
 	{unix.SOL_SOCKET, unix.SO_RCVTIMEO, 16},
 	{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16},
 }
+
+// final are those that others overwrite: IP_TOS sets the priority.
+var final = []option{{unix.SOL_SOCKET, unix.SO_PRIORITY, 4}}
 
 func number(fd, level, name int) (int, error) {
 	v, err := unix.GetsockoptInt(fd, level, name)
@@ -92,6 +97,9 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 	}
 	if err := unconnected(fd); err != nil {
 		return nil, err
+	}
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_GET_FILTER); err == nil && n > 0 {
+		return nil, fail.Refuse("", "it has a filter (SO_ATTACH_FILTER), which is not supported yet", "detach it before the checkpoint")
 	}
 	var err error
 	if s.Address, err = boundAddress(fd); err != nil {
@@ -125,7 +133,7 @@ func describe(a unix.Sockaddr) string {
 	case *unix.SockaddrInet6:
 		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port)).String()
 	case *unix.SockaddrUnix:
-		if a.Name == "" {
+		if a.Name == "" || a.Name == "@" {
 			return "an unnamed unix socket"
 		}
 		return "unix:" + a.Name
@@ -146,7 +154,7 @@ func boundAddress(fd int) ([]byte, error) {
 }
 
 func readOptions(fd int, fam *family, s *image.Socket) error {
-	for _, list := range [][]option{generic, fam.options} {
+	for _, list := range [][]option{generic, fam.options, final} {
 		for _, o := range list {
 			value := make([]byte, o.size)
 			n := uint32(o.size)
@@ -207,10 +215,29 @@ func put32(b []byte, v uint32) { *(*uint32)(unsafe.Pointer(&b[0])) = v }
 
 // Open adds the call that makes the socket.
 func Open(b *tracee.Batch, s *image.Socket) (int, error) {
-	if familyOf(int(s.Family)) == nil {
-		return 0, fail.Refuse("", fmt.Sprintf("sockets of family %d are not supported", s.Family), "restore with a newer ocickpt")
+	if err := allowed(s); err != nil {
+		return 0, err
 	}
 	return b.Add(unix.SYS_SOCKET, tracee.W(s.Family), tracee.W(s.Type|unix.SOCK_CLOEXEC), tracee.W(s.Protocol)), nil
+}
+
+// allowed refuses sockets of an image that no checkpoint writes: an image may
+// come from anywhere, and a socket option can reach beyond the container.
+func allowed(s *image.Socket) error {
+	fam := familyOf(int(s.Family))
+	if fam == nil || !slices.Contains(fam.types, [2]int32{s.Type, s.Protocol}) {
+		return fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported", s.Family, s.Type, s.Protocol), "restore with a newer ocickpt")
+	}
+	known := append(slices.Concat(generic, fam.options, final), option{unix.SOL_SOCKET, unix.SO_SNDBUF, 4}, option{unix.SOL_SOCKET, unix.SO_RCVBUF, 4})
+	for _, o := range s.Options {
+		if !slices.Contains(known, option{int(o.Level), int(o.Name), len(o.Value)}) {
+			return fail.Refuse("", fmt.Sprintf("socket option %d/%d of %d bytes is not supported", o.Level, o.Name, len(o.Value)), "restore with a newer ocickpt")
+		}
+	}
+	if s.Path != "" && (len(s.Address) < 3 || s.Path != unix.ByteSliceToString(s.Address[2:])) {
+		return fmt.Errorf("unix socket bound to %q with a file at %q", s.Address, s.Path)
+	}
+	return nil
 }
 
 // Finish adds the calls that give it its options, address and backlog.

@@ -15,6 +15,7 @@ import (
 
 // local is unix(7) sockets that listen or have no peer.
 var local = family{
+	types: [][2]int32{{unix.SOCK_STREAM, 0}, {unix.SOCK_DGRAM, 0}, {unix.SOCK_SEQPACKET, 0}},
 	read: func(in *Inside, fd int, inode uint64, s *image.Socket) error {
 		if err := emptyQueue(fd); err != nil && !s.Listening {
 			return err
@@ -41,7 +42,7 @@ var local = family{
 			// Bound by its owner it is the owner's; a program that has given
 			// it away could do so, and so can whoever binds it now.
 			b.Try(unix.SYS_FCHOWNAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.UID), tracee.W(s.GID), tracee.W(unix.AT_SYMLINK_NOFOLLOW))
-			b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.Mode&0o7777))
+			b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.Mode&0o777))
 		}
 	},
 }

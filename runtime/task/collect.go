@@ -31,6 +31,8 @@ type State struct {
 	Task    *image.Task
 	Sighand *image.Sighand
 	Brk     uint64 // the end of the heap, which only the process knows
+
+	odd error
 }
 
 const statExitSignal = 38 // field of /proc/PID/stat
@@ -65,8 +67,8 @@ func (s *Source) outside(t *image.Task) (err error) {
 	if t.Pending, err = s.Threads[0].PendingSignals(true); err != nil {
 		return err
 	}
-	if adj, err := procNumber(s.Pid, "oom_score_adj", 10); err == nil {
-		t.OOMScoreAdj = int32(adj)
+	if t.OOMScoreAdj, err = OOMScoreAdj(s.Pid); err != nil {
+		return err
 	}
 	if p, err := procNumber(s.Pid, "personality", 16); err == nil {
 		t.Personality = uint32(p)
@@ -103,7 +105,7 @@ func (s *Source) thread(i int, st *State) error {
 	for _, f := range done {
 		f()
 	}
-	return nil
+	return st.odd
 }
 
 // registers reads the cpu state.
@@ -138,6 +140,9 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 		return err
 	}
 	if rec.Pending, err = t.PendingSignals(false); err != nil {
+		return err
+	}
+	if err = queueable(status.SigPnd | status.ShdPnd); err != nil {
 		return err
 	}
 	rseq, err := t.Rseq()
@@ -181,7 +186,9 @@ func askProcess(b *tracee.Batch, st *State) func() {
 	dumpable := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_DUMPABLE))
 	thp := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_THP_DISABLE))
 	brk := b.Add(unix.SYS_BRK, tracee.W(0))
+	odd := askOdd(b)
 	return func() {
+		st.odd = odd()
 		st.Sighand, st.Task.ITimers = actions(), intervals()
 		timers()
 		st.Task.Subreaper = binary.LittleEndian.Uint32(b.At(reaper, 4)) != 0

@@ -140,6 +140,17 @@ func Innermost(ids []int) int {
 	return ids[len(ids)-1]
 }
 
+// JobStopped reports a thread that job control has stopped (SIGSTOP). Frozen by
+// cgroup v1 as well it shows as sleeping; where it sleeps tells.
+func JobStopped(tid int) bool {
+	s, err := ReadStatus(tid)
+	if err != nil || s.State == 'T' {
+		return err == nil
+	}
+	wchan, err := readProc(tid, "wchan")
+	return err == nil && string(wchan) == "do_signal_stop"
+}
+
 // Ended reports a task that has exited, or is gone.
 func Ended(tid int) bool {
 	s, err := ReadStatus(tid)

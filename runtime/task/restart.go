@@ -177,6 +177,7 @@ func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs) (tracee.R
 var reentered = map[uint64]bool{
 	unix.SYS_EPOLL_WAIT: true, unix.SYS_EPOLL_PWAIT: true, unix.SYS_EPOLL_PWAIT2: true,
 	unix.SYS_RT_SIGTIMEDWAIT: true, unix.SYS_SEMOP: true, unix.SYS_SEMTIMEDOP: true,
+	unix.SYS_PPOLL: true, unix.SYS_SELECT: true, unix.SYS_PSELECT6: true, // that cannot write back the time left
 	unix.SYS_IO_GETEVENTS: true, unix.SYS_IO_PGETEVENTS: true,
 	unix.SYS_RECVFROM: true, unix.SYS_RECVMSG: true, unix.SYS_RECVMMSG: true, unix.SYS_ACCEPT: true, unix.SYS_ACCEPT4: true,
 	unix.SYS_SENDTO: true, unix.SYS_SENDMSG: true, unix.SYS_SENDMMSG: true, unix.SYS_CONNECT: true,

@@ -64,8 +64,8 @@ func RestoreLast(b *tracee.Batch, t *image.Task) {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(t.Dumpable))
 	}
 	restoreTimers(b, t.Timers)
-	restoreITimers(b, t.ITimers)
 	restorePending(b, t.Pid, t.Pid, t.Pending, true)
+	restoreITimers(b, t.ITimers)
 	restoreLimits(b, t.Rlimits)
 }
 
@@ -103,10 +103,16 @@ func RestoreRegisters(s *tracee.Stub, t *image.Thread, r tracee.Regs) error {
 
 // RestoreOOMScore sets oom_score_adj. Lowering it takes CAP_SYS_RESOURCE.
 func RestoreOOMScore(pid int, adj int32) error {
-	if now, err := procNumber(pid, "oom_score_adj", 10); err == nil && int32(now) == adj {
+	if now, err := OOMScoreAdj(pid); err == nil && now == adj {
 		return nil
 	}
 	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(strconv.Itoa(int(adj))), 0)
+}
+
+// OOMScoreAdj reads a process's oom_score_adj (proc_pid_oom_score_adj(5)).
+func OOMScoreAdj(pid int) (int32, error) {
+	n, err := procNumber(pid, "oom_score_adj", 10)
+	return int32(n), err
 }
 
 // robustList asks where a thread's list of robust futexes starts

@@ -89,6 +89,22 @@ func restoreActions(b *tracee.Batch, h *image.Sighand) {
 	}
 }
 
+// ResetSignals adds the calls that give a stub every signal's default action
+// and no pending signal. It was another program just before: what that ignored
+// (or we do) is inherited through execve(2), and so are signals sent to it, such
+// as the SIGURG with which Go programs interrupt themselves. Ignoring a signal
+// drops it from the queues.
+func ResetSignals(b *tracee.Batch) {
+	for _, handler := range []uint64{sigIgn, sigDfl} {
+		action := b.Put(encodeAction(image.SigAction{Handler: handler}))
+		for sig := 1; sig <= signals; sig++ {
+			if settable(sig) && sig != int(unix.SIGTRAP) {
+				b.Add(unix.SYS_RT_SIGACTION, tracee.W(sig), action, tracee.W(0), tracee.W(sigsetSize))
+			}
+		}
+	}
+}
+
 // ChildSignals adds the call that makes a stub ignore SIGCHLD, so that its
 // children vanish when they exit, or keep them as zombies.
 func ChildSignals(b *tracee.Batch, ignore bool) {

@@ -38,7 +38,7 @@ func askITimers(b *tracee.Batch) func() []image.ITimer {
 		for which := range itimers {
 			raw := b.At(at.Plus(which*itimervalSize), itimervalSize)
 			t := image.ITimer{Which: int32(which), Interval: pair(raw, 1e6), Value: pair(raw[16:], 1e6)}
-			if t.Value != 0 {
+			if t.Value != 0 || t.Interval != 0 {
 				out = append(out, t)
 			}
 		}
@@ -46,10 +46,13 @@ func askITimers(b *tracee.Batch) func() []image.ITimer {
 	}
 }
 
-// restoreITimers adds the calls that arm them with the time that was left.
+// restoreITimers adds the calls that arm them with the time that was left. A
+// periodic one with none left has expired, and goes on when its signal, which
+// is pending, is delivered (kernel/signal.c, dequeue_signal). It is made to
+// expire once more: a signal that is pending already is not queued again.
 func restoreITimers(b *tracee.Batch, timers []image.ITimer) {
 	for _, t := range timers {
-		raw := append(unpair(t.Interval, 1e6), unpair(t.Value, 1e6)...)
+		raw := append(unpair(t.Interval, 1e6), unpair(max(t.Value, 1), 1e6)...)
 		b.Add(unix.SYS_SETITIMER, tracee.W(t.Which), b.Put(raw), tracee.W(0))
 	}
 }

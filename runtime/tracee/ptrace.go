@@ -241,6 +241,13 @@ func (t *Thread) WaitInterrupt(limit time.Duration) error {
 	}
 }
 
+// GroupStopped reports that the thread's present stop is one of job control
+// (ptrace(2), "Group-stop"), not only the one that Interrupt asked for.
+func (t *Thread) GroupStopped() bool {
+	s, stopped, err := t.wait(unix.WNOHANG)
+	return err == nil && stopped && s.Event == eventStop && s.Signal != unix.SIGTRAP
+}
+
 // EventMessage is the number that goes with an event: a new task's id.
 func (t *Thread) EventMessage() (int, error) {
 	var msg uint64

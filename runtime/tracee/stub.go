@@ -212,6 +212,9 @@ func (s *Stub) Run(b *Batch) (cloned []int, err error) {
 	}
 	b.decode(entries)
 	copy(b.Data, entries[dataAt:])
+	if made := len(b.Calls) - r.left(); made < len(b.Calls) && (made == 0 || b.Err(made-1) == nil) {
+		return cloned, fmt.Errorf("task %d: a batch ended after %d of %d calls, by a SIGTRAP that is not its own", s.Tid, made, len(b.Calls))
+	}
 	runtime.KeepAlive(s.service)
 	return cloned, s.failed(b, len(b.Calls)-r.left(), data)
 }

@@ -1,0 +1,95 @@
+package runtime
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+)
+
+func bundle(uid uint32, noNewPrivs bool, caps ...string) *specs.Spec {
+	return &specs.Spec{Process: &specs.Process{
+		User: specs.User{UID: uid, GID: uid, AdditionalGids: []uint32{4}}, NoNewPrivileges: noNewPrivs,
+		Capabilities: &specs.LinuxCapabilities{Bounding: caps},
+	}}
+}
+
+// An image grants nothing that the bundle does not.
+func TestGrants(t *testing.T) {
+	const chown, kill, setuid, setgid = 1 << unix.CAP_CHOWN, 1 << unix.CAP_KILL, 1 << unix.CAP_SETUID, 1 << unix.CAP_SETGID
+	user := func(uid uint32, groups ...uint32) image.Credentials {
+		return image.Credentials{UID: [4]uint32{uid, uid, uid, uid}, GID: [4]uint32{uid, uid, uid, uid}, Groups: groups, NoNewPrivs: true}
+	}
+	with := func(c image.Credentials, change func(*image.Credentials)) image.Credentials { change(&c); return c }
+	plain, strict := bundle(33, false, "CAP_CHOWN", "cap_kill"), bundle(33, true, "CAP_CHOWN")
+	for name, c := range map[string]struct {
+		spec    *specs.Spec
+		creds   image.Credentials
+		refused string
+	}{
+		"the bundle's user":              {strict, user(33, 33, 4), ""},
+		"fewer groups":                   {strict, user(33), ""},
+		"every capability it gives":      {plain, with(user(33), func(c *image.Credentials) { c.Bounding, c.Permitted, c.Ambient = chown|kill, kill, kill }), ""},
+		"one more, bounding":             {strict, with(user(33), func(c *image.Credentials) { c.Bounding = chown | kill }), "CAP_KILL"},
+		"one more, permitted":            {strict, with(user(33), func(c *image.Credentials) { c.Permitted = kill }), "CAP_KILL"},
+		"one more, effective":            {strict, with(user(33), func(c *image.Credentials) { c.Effective = kill }), "CAP_KILL"},
+		"one more, inheritable":          {strict, with(user(33), func(c *image.Credentials) { c.Inheritable = kill }), "CAP_KILL"},
+		"one more, ambient":              {strict, with(user(33), func(c *image.Credentials) { c.Ambient = kill }), "CAP_KILL"},
+		"one that has no name":           {strict, with(user(33), func(c *image.Credentials) { c.Bounding = 1 << 63 }), "capabilities"},
+		"another user":                   {strict, user(0), "uid 0"},
+		"another saved user":             {strict, with(user(33), func(c *image.Credentials) { c.UID[2] = 0 }), "uid 0"},
+		"another file system user":       {strict, with(user(33), func(c *image.Credentials) { c.UID[3] = 0 }), "uid 0"},
+		"another group":                  {strict, with(user(33), func(c *image.Credentials) { c.GID[1] = 0 }), "gid 0"},
+		"another supplementary group":    {strict, user(33, 4, 27), "gid 27"},
+		"another user, by set-uid":       {plain, user(0, 27), ""},
+		"another user, by CAP_SETUID":    {bundle(33, true, "CAP_SETUID"), with(user(33), func(c *image.Credentials) { c.UID[1] = 7 }), ""},
+		"a group, by CAP_SETUID alone":   {bundle(33, true, "CAP_SETUID"), with(user(33), func(c *image.Credentials) { c.GID[1] = 7 }), "gid 7"},
+		"a group, by CAP_SETGID":         {bundle(33, true, "CAP_SETGID"), user(33, 7), ""},
+		"privileges it may gain":         {strict, with(user(33), func(c *image.Credentials) { c.NoNewPrivs = false }), "gain privileges"},
+		"privileges the bundle may gain": {plain, with(user(33), func(c *image.Credentials) { c.NoNewPrivs = false }), ""},
+		"a bundle without capabilities":  {&specs.Spec{Process: &specs.Process{User: specs.User{UID: 33, GID: 33}}}, with(user(33), func(c *image.Credentials) { c.Bounding = setuid | setgid }), "CAP_SETGID CAP_SETUID"},
+		"the same, with no capabilities": {&specs.Spec{Process: &specs.Process{User: specs.User{UID: 33, GID: 33}}}, user(33), ""},
+	} {
+		head := &image.Head{Tasks: []*image.Task{{Pid: 1, Threads: []image.Thread{{Tid: 1, Creds: user(33)}, {Tid: 2, Creds: c.creds}}}}}
+		g, err := grantsOf(c.spec)
+		must(t, err)
+		err = g.checkImage(head)
+		var refused *fail.Refused
+		switch {
+		case c.refused == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case c.refused != "" && (!errors.As(err, &refused) || !strings.Contains(err.Error(), c.refused) || !strings.Contains(err.Error(), "thread 2")):
+			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
+		}
+	}
+}
+
+func TestGrantsOfBundle(t *testing.T) {
+	if _, err := grantsOf(bundle(0, false, "CAP_FLY")); err == nil {
+		t.Error("an unknown capability was taken")
+	}
+	for _, change := range []func(*specs.Process){
+		func(p *specs.Process) { p.ApparmorProfile = "x" }, func(p *specs.Process) { p.SelinuxLabel = "x" },
+	} {
+		spec := bundle(0, false)
+		change(spec.Process)
+		if _, err := grantsOf(spec); err == nil {
+			t.Error("confinement was left out")
+		}
+	}
+	numbers := map[uint]string{}
+	for name, n := range capabilities {
+		if numbers[n] != "" || n > unix.CAP_LAST_CAP {
+			t.Errorf("%s and %s are %d", name, numbers[n], n)
+		}
+		numbers[n] = name
+	}
+	if len(numbers) != unix.CAP_LAST_CAP+1 || capabilities["CAP_SYS_ADMIN"] != unix.CAP_SYS_ADMIN || capabilities["CAP_BPF"] != unix.CAP_BPF {
+		t.Errorf("%d capabilities", len(numbers))
+	}
+}

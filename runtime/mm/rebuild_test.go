@@ -1,0 +1,296 @@
+package mm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+func TestMain(m *testing.M) {
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests must run as root")
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+func TestHole(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	for range 2000 {
+		var spaces []*image.MM
+		for range 1 + random.IntN(3) {
+			m, at := &image.MM{}, uint64(0x10000)
+			for range random.IntN(40) {
+				at += random.Uint64N(1<<(12+random.IntN(34))) &^ (PageSize - 1)
+				end := at + PageSize + random.Uint64N(1<<(12+random.IntN(30)))&^(PageSize-1)
+				m.Areas = append(m.Areas, image.Area{Start: at, End: end})
+				at = end
+			}
+			spaces = append(spaces, m)
+		}
+		hole, err := Hole(spaces...)
+		must(t, err)
+		if hole%PageSize != 0 || hole < lowest || hole+tracee.ServiceSize > taskSize {
+			t.Fatalf("hole at %#x", hole)
+		}
+		for _, m := range spaces {
+			for _, a := range m.Areas {
+				if a.Start < hole+tracee.ServiceSize+margin && hole < a.End+margin {
+					t.Fatalf("hole at %#x is in the way of %#x-%#x", hole, a.Start, a.End)
+				}
+			}
+		}
+	}
+	if hole, err := Hole(&image.MM{Areas: []image.Area{{Start: lowest, End: taskSize}}}); err == nil {
+		t.Errorf("a hole in a full address space: %#x", hole)
+	}
+	if hole, err := Hole(); err != nil || hole != lowest+margin {
+		t.Errorf("a hole in an empty one: %#x, %v", hole, err)
+	}
+}
+
+// opens gives every file the number of its reference.
+type opens struct{}
+
+func (opens) FD(file image.Ref) (int, error) {
+	if file == 0 {
+		return 0, errors.New("no file")
+	}
+	return int(file), nil
+}
+
+func (opens) SegmentFD(shmem image.Ref) (int, bool) { return int(shmem), shmem != 0 }
+
+func TestMapArea(t *testing.T) {
+	const none, fixed = ^uint64(0), unix.MAP_FIXED_NOREPLACE
+	for name, c := range map[string]struct {
+		a               image.Area
+		prot, flags, fd uint64
+	}{
+		"heap":               {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"ac"}}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS, none},
+		"read-only data":     {image.Area{Kind: image.AreaFile, File: 5, Prot: 1, Flags: []string{"ac"}}, 3, fixed | unix.MAP_PRIVATE, 5},
+		"text":               {image.Area{Kind: image.AreaFile, File: 5, Prot: 5}, 5, fixed | unix.MAP_PRIVATE, 5},
+		"guard":              {image.Area{Kind: image.AreaAnon}, 0, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS, none},
+		"stack":              {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"gd", "ac"}}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_GROWSDOWN, none},
+		"not accounted":      {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"nr", "dd"}}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, none},
+		"shared memory":      {image.Area{Kind: image.AreaShmem, File: 6, Prot: 1, Shared: true, Flags: []string{"ac"}}, 1, fixed | unix.MAP_SHARED, 6},
+		"private view of it": {image.Area{Kind: image.AreaShmem, File: 6, Prot: 1, Flags: []string{"ac"}}, 3, fixed | unix.MAP_PRIVATE, 6},
+	} {
+		c.a.Start, c.a.End, c.a.Offset = 0x10000, 0x14000, 0x2000
+		var b tracee.Batch
+		must(t, mapArea(&b, &c.a, opens{}))
+		want := [6]tracee.Word{tracee.W(0x10000), tracee.W(0x4000), tracee.W(c.prot), tracee.W(c.flags), tracee.W(c.fd), tracee.W(0x2000)}
+		if len(b.Calls) != 1 || b.Calls[0].Nr != unix.SYS_MMAP || b.Calls[0].Args != want || b.Calls[0].Tolerate {
+			t.Errorf("%s: %+v, want %+v", name, b.Calls, want)
+		}
+	}
+	for name, a := range map[string]image.Area{
+		"no file": {Kind: image.AreaFile}, "no memory": {Kind: image.AreaShmem}, "unknown": {Kind: "hologram"},
+	} {
+		if err := mapArea(&tracee.Batch{}, &a, opens{}); err == nil {
+			t.Errorf("%s: mapped", name)
+		}
+	}
+}
+
+// TestScanAndRebuild makes the address space of a running program again in a
+// stub and compares all of it.
+func TestScanAndRebuild(t *testing.T) {
+	c := exec.Command("sleep", "1000")
+	start(t, c)
+	files := &program{opened: map[image.Ref]int{}}
+	space, err := Scan(c.Process.Pid, files, NewShared())
+	must(t, err)
+	must(t, space.Details(statField(t, c.Process.Pid), heapEnd(space.Record)))
+	for i, o := range files.objects {
+		o.Ref = image.Ref(i + 1)
+	}
+	space.complete()
+	hole, err := Hole(space.Record)
+	must(t, err)
+	s := newStub(t, hole)
+	files.open(t, s)
+	must(t, Rebuild(s, space.Record, files))
+	st := newStream(t, withoutFiles(space.Record.Areas), &image.Shmem{})
+	save := NewSaver(st.w)
+	must(t, space.Save(save.For(st.mm)))
+	must(t, save.Close())
+	f := NewFiller()
+	f.Space(st.mm, s.Pid)
+	st.fill(t, f)
+	var b tracee.Batch
+	Protect(&b, space.Record)
+	if _, err := s.Run(&b); err != nil {
+		t.Fatal(err)
+	}
+	sameMemory(t, c.Process.Pid, s.Pid, hole)
+}
+
+// program is the files that a program has mapped.
+type program struct {
+	objects []*object.Object
+	paths   []string
+	opened  map[image.Ref]int
+}
+
+func (p *program) Mapped(_ int, path, _ string, _ bool) (*object.Object, error) {
+	if i := slices.Index(p.paths, path); i >= 0 {
+		return p.objects[i], nil
+	}
+	p.paths, p.objects = append(p.paths, path), append(p.objects, &object.Object{})
+	return p.objects[len(p.objects)-1], nil
+}
+
+func (p *program) open(t *testing.T, s *tracee.Stub) {
+	var b tracee.Batch
+	for _, path := range p.paths {
+		b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String(path), tracee.W(unix.O_RDONLY))
+	}
+	if _, err := s.Run(&b); err != nil {
+		t.Fatal(err)
+	}
+	for i, o := range p.objects {
+		p.opened[o.Ref] = int(b.Calls[i].Ret)
+	}
+}
+
+func (p *program) FD(file image.Ref) (int, error) {
+	fd, ok := p.opened[file]
+	if !ok {
+		return 0, fmt.Errorf("object %d is not open", file)
+	}
+	return fd, nil
+}
+
+func (p *program) SegmentFD(image.Ref) (int, bool) { return 0, false }
+
+// withoutFiles makes areas that a stream without their files can hold.
+func withoutFiles(areas []image.Area) []image.Area {
+	areas = slices.Clone(areas)
+	for i := range areas {
+		areas[i].Kind, areas[i].File = image.AreaAnon, 0
+	}
+	return areas
+}
+
+func heapEnd(m *image.MM) uint64 {
+	for _, a := range m.Areas {
+		if a.Name == "[heap]" {
+			return a.End
+		}
+	}
+	return 0
+}
+
+func statField(t *testing.T, pid int) func(n int) uint64 {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	must(t, err)
+	f := strings.Fields(string(raw))
+	return func(n int) uint64 { v, _ := strconv.ParseUint(f[n-1], 10, 64); return v }
+}
+
+// sameMemory compares mappings and, where they can be read, their contents. The
+// service area, at hole, is the stub's own.
+func sameMemory(t *testing.T, want, got int, hole uint64) {
+	t.Helper()
+	a, err := readMappings(want)
+	must(t, err)
+	b, err := readMappings(got)
+	must(t, err)
+	b = slices.DeleteFunc(b, func(m mapping) bool { return m.start >= hole && m.end <= hole+tracee.ServiceSize })
+	if len(a) != len(b) {
+		t.Fatalf("%d mappings instead of %d:\n%+v\n%+v", len(b), len(a), b, a)
+	}
+	for i := range a {
+		ours, theirs := fmt.Sprintf("%+v", a[i]), fmt.Sprintf("%+v", b[i])
+		if ours != theirs {
+			t.Errorf("mapping is\n%s, want\n%s", theirs, ours)
+		}
+		x, y := make([]byte, a[i].end-a[i].start), make([]byte, a[i].end-a[i].start)
+		if strings.HasPrefix(a[i].name, "[v") || tracee.ReadMemory(want, a[i].start, x) != nil {
+			continue
+		}
+		must(t, tracee.ReadMemory(got, a[i].start, y))
+		if !bytes.Equal(x, y) {
+			t.Errorf("contents of %s differ", ours)
+		}
+	}
+	for _, name := range []string{"cmdline", "environ", "auxv"} {
+		x, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", want, name))
+		must(t, err)
+		y, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", got, name))
+		must(t, err)
+		if !bytes.Equal(x, y) {
+			t.Errorf("%s is %q, want %q", name, y, x)
+		}
+	}
+}
+
+// start runs a command until the test ends; the test keeps its thread.
+func start(t *testing.T, c *exec.Cmd) {
+	t.Helper()
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
+	ready, err := c.StdoutPipe()
+	must(t, err)
+	must(t, c.Start())
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait(); _ = ready.Close() })
+	for range 5000 { // until it sleeps
+		time.Sleep(time.Millisecond)
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", c.Process.Pid))
+		must(t, err)
+		if strings.HasPrefix(string(b), strconv.Itoa(unix.SYS_CLOCK_NANOSLEEP)+" ") || strings.HasPrefix(string(b), "0 ") {
+			return
+		}
+	}
+	t.Fatalf("%v does not sleep", c.Args)
+}
+
+// newStub starts a stub with its service area at hole.
+func newStub(t *testing.T, hole uint64) *tracee.Stub {
+	t.Helper()
+	service, err := tracee.NewService()
+	must(t, err)
+	t.Cleanup(func() { must(t, service.Close()) })
+	exe, err := tracee.StubExecutable()
+	must(t, err)
+	defer exe.Close()
+	c := exec.Command("sh", "-c", "read go; exec /proc/self/fd/3")
+	c.ExtraFiles = []*os.File{exe, service.File()}
+	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
+	in, err := c.StdinPipe()
+	must(t, err)
+	start(t, c)
+	th, err := tracee.Seize(c.Process.Pid, c.Process.Pid, tracee.LiveOptions|unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACEEXEC)
+	must(t, err)
+	_, err = in.Write([]byte{'\n'})
+	must(t, err)
+	must(t, th.WaitExec())
+	must(t, th.SetOptions(tracee.StubOptions))
+	s, err := tracee.NewStub(th, service)
+	must(t, err)
+	must(t, s.AttachService(4, hole))
+	var b tracee.Batch
+	b.Add(unix.SYS_CLOSE, tracee.W(3))
+	_, err = s.Run(&b)
+	must(t, err)
+	return s
+}
