@@ -25,7 +25,7 @@ func (c *container) checkIPC(*libcontainer.State, *configs.Config) error {
 			// The file shows the namespace of the thread that opens it.
 			b, err := os.ReadFile("/proc/sysvipc/" + kind)
 			if err != nil {
-				return fmt.Errorf("System V ipc: %w", err)
+				return fmt.Errorf("reading System V ipc: %w", err)
 			}
 			if n := bytes.Count(b, []byte{'\n'}) - 1; n > 0 {
 				return fail.Refuse("System V ipc", fmt.Sprintf("the container has %d objects of type %s; they are not supported yet", n, kind), "remove them before the checkpoint (ipcrm)")

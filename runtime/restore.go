@@ -54,8 +54,7 @@ type restore struct {
 	stubs   map[int]*tracee.Stub // by pid inside the container
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
-	spaces  map[image.Ref]*tracee.Stub // who has an address space
-	full    uint64                     // the stubs' capabilities
+	full    uint64 // the stubs' capabilities
 }
 
 // Restored is a container that has been restored and runs.
@@ -72,7 +71,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	begin := time.Now()
 	r := &restore{
 		RestoreOptions: o, in: image.NewReader(o.Image), filler: mm.NewFiller(),
-		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, spaces: map[image.Ref]*tracee.Stub{},
+		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{},
 	}
 	defer r.close()
 	err := travel(ctx, []phase{
@@ -101,6 +100,7 @@ func (r *restore) close() {
 	if r.maker != nil {
 		r.maker.Close()
 	}
+	_ = r.filler.Close()
 	if r.service != nil {
 		_ = r.service.Close()
 	}
@@ -322,9 +322,10 @@ func (r *restore) rebuild(ctx context.Context) error {
 		if err := mm.Rebuild(s, r.head.MM(t.MM), r.maker); err != nil {
 			return err
 		}
-		r.filler.Space(t.MM, s.Pid)
-		r.spaces[t.MM] = s
 		if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
+			return err
+		}
+		if err := r.filler.Stub(t.MM, r.head.MM(t.MM), s); err != nil {
 			return err
 		}
 		var b tracee.Batch
@@ -400,17 +401,15 @@ func (r *restore) put(c *image.Content) error {
 	if c.Type == image.TypeBytes {
 		return r.maker.Fill(c.Ref, c.Raw)
 	}
-	if s := r.spaces[c.Ref]; s != nil {
-		if err := mm.Populate(s, c.Runs); err != nil {
-			return err
-		}
-	}
 	return r.filler.Fill(c)
 }
 
 // finish gives every task what must wait for its memory: threads, credentials,
 // signals, timers, and at the very end the registers to be released with.
 func (r *restore) finish(ctx context.Context) error {
+	if err := r.filler.Close(); err != nil {
+		return err
+	}
 	if err := r.endZombies(); err != nil {
 		return err
 	}

@@ -455,7 +455,7 @@ func (m *Maker) Fill(ref image.Ref, data []byte) error {
 	if p == nil {
 		return fmt.Errorf("contents for object %d, which is no pipe", ref)
 	}
-	f, err := m.take(m.stub, p.fd[1])
+	f, err := m.stub.Take(p.fd[1])
 	if err != nil {
 		return err
 	}
@@ -470,22 +470,8 @@ func (m *Maker) Fill(ref image.Ref, data []byte) error {
 	return nil
 }
 
-// take opens a stub's descriptor in the coordinator as well.
-func (m *Maker) take(from *tracee.Stub, fd int) (*os.File, error) {
-	pidfd, err := unix.PidfdOpen(from.Pid, 0)
-	if err != nil {
-		return nil, fmt.Errorf("pidfd of task %d: %w", from.Pid, err)
-	}
-	defer unix.Close(pidfd)
-	n, err := unix.PidfdGetfd(pidfd, fd, 0)
-	if err != nil {
-		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, from.Pid, err)
-	}
-	return os.NewFile(uintptr(n), "taken"), nil
-}
-
 // Segment opens shared memory in the coordinator, to fill it.
-func (m *Maker) Segment(ref image.Ref) (*os.File, error) { return m.take(m.stub, m.segments[ref]) }
+func (m *Maker) Segment(ref image.Ref) (*os.File, error) { return m.stub.Take(m.segments[ref]) }
 
 // SegmentFD is the number under which every stub holds shared memory ref.
 func (m *Maker) SegmentFD(ref image.Ref) (int, bool) {
@@ -552,7 +538,7 @@ func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int
 		return 0, err
 	}
 	fd := int(b.Calls[i].Ret)
-	if m.late[ref], err = m.take(s, fd); err != nil {
+	if m.late[ref], err = s.Take(fd); err != nil {
 		return 0, err
 	}
 	var finish tracee.Batch

@@ -230,28 +230,12 @@ func Protect(b *tracee.Batch, m *image.MM) {
 	}
 }
 
-// worthwhile is how many pages a run must have for Populate to pay.
-const worthwhile = 8
-
-// Populate makes the stub fault in the pages that are about to be filled, all in
-// one go: copying into memory that is not there yet takes twice as long, a
-// fault a page. Where it cannot be done, the copying does it.
-func Populate(s *tracee.Stub, runs []image.Run) error {
-	var b tracee.Batch
-	for _, r := range runs {
-		if r.Count >= worthwhile {
-			b.Try(unix.SYS_MADVISE, tracee.W(r.Addr), tracee.W(uint64(r.Count)*PageSize), tracee.W(unix.MADV_POPULATE_WRITE))
-		}
-	}
-	_, err := s.Run(&b)
-	return err
-}
-
 // Filler puts page contents into address spaces and shared memory as they come
 // in from the stream.
 type Filler struct {
-	pids   map[image.Ref]int
-	shared map[image.Ref]Writer
+	pids    map[image.Ref]int
+	feeders map[image.Ref]*feeder
+	shared  map[image.Ref]Writer
 }
 
 // Writer is where the pages of shared memory go.
@@ -260,10 +244,34 @@ type Writer interface {
 }
 
 // NewFiller returns a Filler for no object yet.
-func NewFiller() *Filler { return &Filler{pids: map[image.Ref]int{}, shared: map[image.Ref]Writer{}} }
+func NewFiller() *Filler {
+	return &Filler{pids: map[image.Ref]int{}, feeders: map[image.Ref]*feeder{}, shared: map[image.Ref]Writer{}}
+}
 
 // Space makes pages of address space ref go to process pid.
 func (f *Filler) Space(ref image.Ref, pid int) { f.pids[ref] = pid }
+
+// Stub makes pages of address space ref, which m describes, go to a stub, the
+// fastest way that there is.
+func (f *Filler) Stub(ref image.Ref, m *image.MM, s *tracee.Stub) error {
+	f.Space(ref, s.Pid)
+	feed, err := newFeeder(s, m)
+	if feed != nil {
+		f.feeders[ref] = feed
+	}
+	return err
+}
+
+// Close ends what holds the address spaces: until then, pages that were not
+// filled are not the stubs' to touch.
+func (f *Filler) Close() error {
+	var errs error
+	for _, feed := range f.feeders {
+		errs = errors.Join(errs, feed.file.Close())
+	}
+	clear(f.feeders)
+	return errs
+}
 
 // Segment makes pages of shared memory ref go to w.
 func (f *Filler) Segment(ref image.Ref, w Writer) { f.shared[ref] = w }
@@ -309,11 +317,29 @@ func (f *Filler) write(ref image.Ref, addr uint64, b []byte) error {
 	if !ok {
 		return fmt.Errorf("pages for object %d, which has no memory", ref)
 	}
+	for len(b) > 0 {
+		n, err := f.some(ref, pid, addr, b)
+		if err != nil {
+			return err
+		}
+		addr, b = addr+uint64(n), b[n:]
+	}
+	return nil
+}
+
+// some writes a part of b and returns how much.
+func (f *Filler) some(ref image.Ref, pid int, addr uint64, b []byte) (int, error) {
+	if feed := f.feeders[ref]; feed != nil {
+		if n, err := feed.feed(addr, b); n > 0 || err != nil {
+			return n, err
+		}
+		b = b[:PageSize] // the next page may be another case
+	}
 	err := tracee.WriteMemory(pid, addr, b)
 	if errors.Is(err, unix.EFAULT) {
-		return force(pid, addr, b)
+		err = force(pid, addr, b)
 	}
-	return err
+	return len(b), err
 }
 
 // force writes where the task itself may not: pages that a debugger has changed

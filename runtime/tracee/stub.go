@@ -366,3 +366,18 @@ func (b *Batch) nop() *Batch {
 	b.Add(unix.SYS_GETPID)
 	return b
 }
+
+// Take opens one of the stub's descriptors in this process as well
+// (pidfd_getfd(2)).
+func (s *Stub) Take(fd int) (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(s.Pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd of task %d: %w", s.Pid, err)
+	}
+	defer unix.Close(pidfd)
+	n, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, s.Pid, err)
+	}
+	return os.NewFile(uintptr(n), fmt.Sprintf("fd %d of task %d", fd, s.Pid)), nil
+}
