@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"os"
 	goruntime "runtime"
 	"slices"
 	"time"
@@ -64,6 +65,7 @@ type checkpoint struct {
 	report  Report
 	c       *container
 	guard   *guardian.Guardian
+	lock    *os.File // the container's state directory
 	out     *output
 	head    headRecords
 	stopped time.Time
@@ -148,14 +150,22 @@ func (k *checkpoint) close() {
 	if k.c != nil {
 		_ = k.c.Close()
 	}
+	if k.lock != nil {
+		_ = k.lock.Close()
+	}
 }
 
 // prepare does everything that can be done while the container runs.
 func (k *checkpoint) prepare(context.Context) error {
+	lock, err := lockState(k.Root, k.ID)
+	if err != nil {
+		return err
+	}
+	k.lock = lock
 	started := make(chan error, 1)
 	go func() {
 		var err error
-		k.guard, err = guardian.Start()
+		k.guard, err = guardian.Start(lock)
 		started <- err
 	}()
 	c, err := load(k.Root, k.ID)

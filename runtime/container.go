@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -31,7 +32,6 @@ type container struct {
 	spec        *specs.Spec
 	record      image.Container
 	root        *os.File // of its file system
-	lock        *os.File // its state directory
 	initPid     int
 	pidDepth    int // levels of pid namespaces down to the container's
 	inodes      map[string]uint64
@@ -43,7 +43,7 @@ type container struct {
 func load(root, id string) (*container, error) {
 	lib, err := libcontainer.Load(root, id)
 	if errors.Is(err, libcontainer.ErrNotExist) {
-		return nil, &fail.Error{Cause: fmt.Errorf("container %q does not exist", id), Remedy: "`runc --root " + root + " list` shows those that do"}
+		return nil, unknown(root, id)
 	}
 	if err != nil {
 		return nil, err
@@ -56,23 +56,40 @@ func load(root, id string) (*container, error) {
 		return nil, &fail.Error{Cause: fmt.Errorf("container %q is %s", id, status), Remedy: "only running and paused containers can be checkpointed"}
 	}
 	c := &container{lib: lib}
-	if c.lock, err = lockState(root, id); err != nil {
-		return nil, err
-	}
 	if err := c.describe(root); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
+func unknown(root, id string) error {
+	return &fail.Error{Cause: fmt.Errorf("container %q does not exist", id), Remedy: "`runc --root " + root + " list` shows those that do"}
+}
+
+// lockPatience and lockPause bound the waiting for another journey's end.
+const (
+	lockPatience = time.Second
+	lockPause    = 5 * time.Millisecond
+)
+
 // lockState keeps two journeys of one container apart: each would take what the
 // other does to it for the engine's doing.
 func lockState(root, id string) (*os.File, error) {
 	f, err := os.Open(filepath.Join(root, id))
+	if errors.Is(err, os.ErrNotExist) || id == "" || filepath.Base(id) != id {
+		return nil, unknown(root, id)
+	}
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	// The guardian of one that died holds on to the lock while it puts the
+	// container back, which takes milliseconds.
+	for begin := time.Now(); ; time.Sleep(lockPause) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Since(begin) > lockPatience {
+			break
+		}
+	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = &fail.Error{Cause: fmt.Errorf("another checkpoint of container %q is running", id), Remedy: "wait for it"}
 	}
@@ -84,10 +101,8 @@ func lockState(root, id string) (*os.File, error) {
 
 func (c *container) Close() error {
 	var errs error
-	for _, f := range []*os.File{c.root, c.lock} {
-		if f != nil {
-			errs = errors.Join(errs, f.Close())
-		}
+	if c.root != nil {
+		errs = c.root.Close()
 	}
 	return errs
 }

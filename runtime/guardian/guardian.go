@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -86,7 +87,10 @@ type Guardian struct {
 // Start starts a guardian and returns when it is ready: from then on signals for
 // the coordinator's process group or terminal do not reach it. The caller must
 // not be in a cgroup that is going to be frozen, for the guardian is born there.
-func Start() (*Guardian, error) {
+//
+// The guardian keeps the given files open for as long as it lives: a lock on
+// them lasts until everything is put back, not only until the coordinator dies.
+func Start(keep ...*os.File) (*Guardian, error) {
 	if os.Args[0] == argv0 {
 		// A program without the call of Main would start itself for ever.
 		return nil, errors.New("guardian: this is one already; its program must call guardian.Main first of all")
@@ -96,7 +100,7 @@ func Start() (*Guardian, error) {
 		return nil, fmt.Errorf("guardian: socketpair: %w", err)
 	}
 	g := &Guardian{journal: ours}
-	g.cmd, err = spawn(theirs)
+	g.cmd, err = spawn(theirs, keep)
 	if err != nil {
 		unix.Close(ours)
 		return nil, fmt.Errorf("guardian: starting it: %w", err)
@@ -130,7 +134,7 @@ func socketPair() (ours int, theirs *os.File, err error) {
 
 // spawn executes this program as a guardian and closes the guardian's end of the
 // socket in this process.
-func spawn(theirs *os.File) (*exec.Cmd, error) {
+func spawn(theirs *os.File, keep []*os.File) (*exec.Cmd, error) {
 	defer theirs.Close()
 	// Besides the end of the socket, the guardian watches the process: a
 	// child forked without exec could hold a copy of our end.
@@ -142,10 +146,10 @@ func spawn(theirs *os.File) (*exec.Cmd, error) {
 	defer pidfd.Close()
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/exe", // right even if the file was replaced meanwhile
-		Args:       []string{argv0, Verb},
+		Args:       []string{argv0, Verb, strconv.Itoa(len(keep))},
 		Env:        environment,
 		Dir:        "/", // keeps no mount busy
-		ExtraFiles: []*os.File{theirs, pidfd},
+		ExtraFiles: append([]*os.File{theirs, pidfd}, keep...),
 		// Out of reach of ^C, of the terminal's hang-up and of a kill
 		// of the coordinator's process group.
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},

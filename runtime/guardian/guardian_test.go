@@ -219,7 +219,7 @@ func TestGuardianKeepsApart(t *testing.T) {
 		t.Errorf("works in %s, error %v", cwd, err)
 	}
 	cmdline, err := os.ReadFile(proc + "cmdline")
-	if err != nil || string(cmdline) != "ocickpt-guardian\x00guardian\x00" {
+	if err != nil || string(cmdline) != "ocickpt-guardian\x00guardian\x000\x00" {
 		t.Errorf("command line %q, error %v", cmdline, err)
 	}
 	holdsNoForeignDescriptors(t, proc+"fd")

@@ -42,6 +42,15 @@ func Main() {
 	os.Exit(undoAll(stands))
 }
 
+// kept is how many files besides its own the guardian was given to keep open.
+func kept() int {
+	if len(os.Args) < 3 {
+		return 0
+	}
+	n, _ := strconv.Atoi(os.Args[2])
+	return n
+}
+
 // dropInherited closes what the coordinator had inherited itself, such as the
 // pipe an image goes through: its reader waits until the last copy is closed. A
 // descriptor that came through exec has no close-on-exec flag, one that the Go
@@ -53,7 +62,7 @@ func dropInherited() {
 	}
 	for _, name := range names {
 		fd, err := strconv.Atoi(name.Name())
-		if err != nil || fd <= coordinatorFD {
+		if err != nil || fd <= coordinatorFD+kept() {
 			continue
 		}
 		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
