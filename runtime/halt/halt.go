@@ -228,7 +228,11 @@ func (h *Halt) settle() error {
 		}
 		h.Live[pid] = live
 		for _, t := range threads {
-			if err := live.Settle(t, limit); err != nil {
+			err := live.Settle(t, limit)
+			if err == nil {
+				err = repair(t) // it ran, and may be in such a call by now
+			}
+			if err != nil {
 				return fail.In(fmt.Sprintf("task (host %d)", pid), err)
 			}
 		}
