@@ -28,7 +28,7 @@ func BenchmarkWriterPages(b *testing.B) {
 	b.SetBytes(benchRaw)
 	b.ReportAllocs()
 	for b.Loop() {
-		check(b, w.Pages(ref, benchRuns, raw))
+		check(b, w.Pages(ref, benchRuns, raw, Checksum(raw)))
 	}
 }
 
@@ -51,10 +51,10 @@ func BenchmarkReader(b *testing.B) {
 	raw := make([]byte, benchRaw)
 	// The second record of two, and those after it, have the same length and
 	// fill, because each begins at the same distance from a page boundary.
-	check(b, w.Pages(ref, benchRuns, raw))
+	check(b, w.Pages(ref, benchRuns, raw, Checksum(raw)))
 	check(b, w.flush())
 	first := image.Len()
-	check(b, w.Pages(ref, benchRuns, raw))
+	check(b, w.Pages(ref, benchRuns, raw, Checksum(raw)))
 	check(b, w.flush())
 	r := NewReader(io.MultiReader(bytes.NewReader(bytes.Clone(image.Bytes()[:first])), &looped{record: image.Bytes()[first:]}))
 	if _, err := r.Head(); err != nil {

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"hash"
-	"hash/crc32"
 	"maps"
 )
 
@@ -34,9 +33,6 @@ const (
 	crcSize       = 4
 	recordAlign   = 8
 )
-
-// castagnoli is the CRC-32C table; amd64 and arm64 have an instruction for it.
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // zeros is what fill and padding are made of and compared with.
 var zeros [PageSize]byte

@@ -198,6 +198,11 @@ func TestOrder(t *testing.T) {
 	}
 }
 
+// bulk writes a bulk record whose checksum is right.
+func (f *forge) bulk(t Type, ref Ref, header any, raw []byte) error {
+	return f.Writer.bulk(t, ref, header, raw, Checksum(raw))
+}
+
 // contents writes the sample's head and its first bulk record.
 func (f *forge) contents(t testing.TB) {
 	t.Helper()

@@ -167,7 +167,7 @@ func writeHead(t testing.TB, w *Writer) {
 
 func writeContent(w *Writer, c Content) error {
 	if c.Type == TypePages {
-		return w.Pages(c.Ref, c.Runs, c.Raw)
+		return w.Pages(c.Ref, c.Runs, c.Raw, Checksum(c.Raw))
 	}
 	return w.Bytes(c.Ref, c.Offset, c.Raw)
 }

@@ -155,7 +155,7 @@ func TestTwoWritesPerRecord(t *testing.T) {
 	ref := w.NewRef()
 	check(t, w.Record(TypeMM, ref, big))
 	for i := range uint64(8) {
-		check(t, w.Pages(ref, []Run{{Addr: i << 20, Count: 256}}, raw))
+		check(t, w.Pages(ref, []Run{{Addr: i << 20, Count: 256}}, raw, Checksum(raw)))
 	}
 	if n := len(out) - head; n != 16 {
 		t.Errorf("8 records of pages took %d writes, want 16", n)
@@ -202,7 +202,7 @@ func TestErrorRecord(t *testing.T) {
 		"after contents": func(w *Writer) { writeHead(t, w); check(t, writeContent(w, sampleContents()[0])) },
 		"after a refusal": func(w *Writer) {
 			writeHead(t, w)
-			if w.Pages(refPipe, []Run{{0, 1, false}}, page(0, 1)) == nil {
+			if w.Pages(refPipe, []Run{{0, 1, false}}, page(0, 1), Checksum(page(0, 1))) == nil {
 				t.Error("pages of a pipe were written")
 			}
 		},
@@ -295,7 +295,7 @@ func TestMemoryFlat(t *testing.T) {
 		err := w.Record(TypeMM, ref, MM{Exe: refExe, Areas: []Area{{Start: 0, End: records << 20, Kind: AreaAnon}}})
 		raw := page('x', 256)
 		for i := uint64(0); i < records && err == nil; i++ {
-			err = w.Pages(ref, []Run{{Addr: i << 20, Count: 256}}, raw)
+			err = w.Pages(ref, []Run{{Addr: i << 20, Count: 256}}, raw, Checksum(raw))
 		}
 		pw.CloseWithError(errors.Join(err, w.Bytes(refPipe, 0, []byte("hello")), w.Close()))
 	}()

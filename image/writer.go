@@ -83,8 +83,9 @@ func (w *Writer) metadata(t Type, ref Ref, v any) error {
 }
 
 // Pages writes the pages of an address space or of shared memory. raw holds
-// the pages of the runs that are not Zero, in order, and is not kept.
-func (w *Writer) Pages(ref Ref, runs []Run, raw []byte) error {
+// the pages of the runs that are not Zero, in order, and is not kept; sum is
+// its Checksum.
+func (w *Writer) Pages(ref Ref, runs []Run, raw []byte, sum uint32) error {
 	if err := w.content(TypePages, ref, len(raw)); err != nil {
 		return err
 	}
@@ -93,7 +94,7 @@ func (w *Writer) Pages(ref Ref, runs []Run, raw []byte) error {
 	}
 	w.state.commit(TypePages, ref)
 	w.tally.pages += uint64(len(raw)) / PageSize
-	return w.bulk(TypePages, ref, Pages{Runs: runs}, raw)
+	return w.bulk(TypePages, ref, Pages{Runs: runs}, raw, sum)
 }
 
 // Bytes writes raw bytes of a pipe or a file that stand at offset in it.
@@ -105,7 +106,7 @@ func (w *Writer) Bytes(ref Ref, offset uint64, raw []byte) error {
 		return w.refuse(TypeBytes, err)
 	}
 	w.state.commit(TypeBytes, ref)
-	return w.bulk(TypeBytes, ref, Bytes{Offset: offset}, raw)
+	return w.bulk(TypeBytes, ref, Bytes{Offset: offset}, raw, Checksum(raw))
 }
 
 // content checks what both kinds of bulk record share.
@@ -123,8 +124,8 @@ func (w *Writer) content(t Type, ref Ref, n int) error {
 }
 
 // bulk writes a record with raw bytes, which begin on a page boundary of the
-// stream.
-func (w *Writer) bulk(t Type, ref Ref, header any, raw []byte) error {
+// stream and have the checksum sum.
+func (w *Writer) bulk(t Type, ref Ref, header any, raw []byte, sum uint32) error {
 	head, err := encode(header)
 	if err != nil {
 		return w.refuse(t, err)
@@ -137,7 +138,8 @@ func (w *Writer) bulk(t Type, ref Ref, header any, raw []byte) error {
 	w.put(binary.LittleEndian.AppendUint32(nil, uint32(len(head))))
 	w.put(head)
 	w.put(zeros[:gap])
-	w.put(raw)
+	w.crc = joined(w.crc, sum, len(raw))
+	w.append(raw)
 	return w.end()
 }
 
@@ -195,10 +197,15 @@ func (w *Writer) begin(t Type, ref Ref, length uint64) {
 	w.put(b[:])
 }
 
-// put adds bytes to the record in hand. Small pieces are gathered; a large one
-// is written from where it lies, so that pages are never copied.
+// put adds bytes to the record in hand.
 func (w *Writer) put(p []byte) {
 	w.crc = crc32.Update(w.crc, castagnoli, p)
+	w.append(p)
+}
+
+// append adds bytes to the stream. Small pieces are gathered; a large one is
+// written from where it lies, so that pages are never copied.
+func (w *Writer) append(p []byte) {
 	w.offset += uint64(len(p))
 	if len(w.small)+len(p) <= cap(w.small) {
 		w.small = append(w.small, p...)

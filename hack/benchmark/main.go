@@ -37,7 +37,9 @@ type workload struct {
 // sample is one checkpoint and restore. Zero fields were not measured.
 type sample struct {
 	start, checkpoint, stopped, restore time.Duration
-	written, read                       time.Duration // of the journey's own phases
+	writing, reading                    time.Duration // of the phases in which the image is written or read
+	dd                                  float64       // bytes a second, in the same turn
+	written, read                       float64       // medians alone: shares of dd
 	image                               int64         // bytes
 	dumpRSS, restoreRSS                 int64         // bytes, peak of the process itself
 }
@@ -60,51 +62,52 @@ func bench(runs int, quick bool) error {
 	}
 	t := &table{}
 	for _, w := range workloads {
-		medians, rate, err := measureAll(dir, w, tools)
+		medians, err := measureAll(dir, w, tools)
 		if err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
-		t.add(w, tools, medians, rate)
+		t.add(w, tools, medians)
 	}
 	fmt.Print(t)
 	return nil
 }
 
 // measureAll takes the tools and dd in turns, so that what else the machine does
-// meanwhile meets all of them. The first turn warms up and does not count. It
-// returns the median of each tool and dd's rate, 0 for a workload that is too
-// small to compare.
-func measureAll(dir string, w workload, tools []tool) (medians []sample, rate float64, err error) {
+// meanwhile meets all of them; shares of dd are those of one turn. The first turn
+// warms up and does not count. It returns the median of each tool.
+func measureAll(dir string, w workload, tools []tool) (medians []sample, err error) {
 	samples := make([][]sample, len(tools))
-	var rates []float64
 	for turn := range w.runs + 1 {
+		dd := 0.0 // a container that is too small to compare
+		if w.mib > 0 {
+			if dd, err = ddRate(dir, w.mib); err != nil {
+				return nil, err
+			}
+		}
 		for i, tool := range tools {
 			s, err := measure(dir, w, tool)
 			if err != nil {
-				return nil, 0, fmt.Errorf("%s: %w", tool.name, err)
+				return nil, fmt.Errorf("%s: %w", tool.name, err)
 			}
+			s.dd = dd
 			if turn > 0 {
 				samples[i] = append(samples[i], s)
 			}
-		}
-		if w.mib == 0 {
-			continue
-		}
-		r, err := ddRate(dir, w.mib)
-		if err != nil {
-			return nil, 0, err
-		}
-		if turn > 0 {
-			rates = append(rates, r)
 		}
 	}
 	for _, s := range samples {
 		medians = append(medians, median(s))
 	}
-	if len(rates) > 0 {
-		rate = middle(rates, func(r float64) float64 { return r })
+	return medians, nil
+}
+
+// share is the rate at which an image of s was written or read in a time, of
+// dd's in the same turn; 0 if either was not measured.
+func (s sample) share(took time.Duration) float64 {
+	if took == 0 || s.dd == 0 {
+		return 0
 	}
-	return medians, rate, nil
+	return float64(s.image) / took.Seconds() / s.dd
 }
 
 // median takes the median of each field by itself.
@@ -113,8 +116,9 @@ func median(samples []sample) (m sample) {
 	m.checkpoint = middle(samples, func(s sample) time.Duration { return s.checkpoint })
 	m.stopped = middle(samples, func(s sample) time.Duration { return s.stopped })
 	m.restore = middle(samples, func(s sample) time.Duration { return s.restore })
-	m.written = middle(samples, func(s sample) time.Duration { return s.written })
-	m.read = middle(samples, func(s sample) time.Duration { return s.read })
+	m.dd = middle(samples, func(s sample) float64 { return s.dd })
+	m.written = middle(samples, func(s sample) float64 { return s.share(s.writing) })
+	m.read = middle(samples, func(s sample) float64 { return s.share(s.reading) })
 	m.image = middle(samples, func(s sample) int64 { return s.image })
 	m.dumpRSS = middle(samples, func(s sample) int64 { return s.dumpRSS })
 	m.restoreRSS = middle(samples, func(s sample) int64 { return s.restoreRSS })

@@ -62,7 +62,7 @@ func measure(dir string, w workload, by tool) (s sample, err error) {
 		return s, err
 	}
 	stopped := watchStop(pid)
-	s.checkpoint, s.dumpRSS, s.written, err = b.travel(by, "", "checkpoint", "--image-path", b.image(), b.id)
+	s.checkpoint, s.dumpRSS, s.writing, err = b.travel(by, letting, "checkpoint", "--image-path", b.image(), b.id)
 	s.stopped = stopped()
 	if err != nil {
 		return s, err
@@ -73,14 +73,18 @@ func measure(dir string, w workload, by tool) (s sample, err error) {
 	if err := warmUp(dir, w.mib); err != nil {
 		return s, err
 	}
-	s.restore, s.restoreRSS, s.read, err = b.travel(by, creation, "restore", "--detach",
+	s.restore, s.restoreRSS, s.reading, err = b.travel(by, creation, "restore", "--detach",
 		"--image-path", b.image(), "--bundle", b.bundle(), b.id)
 	return s, err
 }
 
-// creation is the phase of a restore that is libcontainer's work: it takes as
-// long as `runc run` does, whatever the image.
-const creation = "create the container"
+// Phases in which no image is read or written: creation is libcontainer's work
+// and takes as long as `runc run` does; letting go comes when the image has its
+// name, and is the kernel's freeing of the memory of what is killed.
+const (
+	creation = "create the container"
+	letting  = "release"
+)
 
 // travel runs one journey of a tool. Of ocickpt it also returns how long the
 // phases but one took together.

@@ -12,10 +12,9 @@ type table struct {
 	rates []string // of dd
 }
 
-// add adds the lines of a workload. dd is the rate of dd in bytes a second, 0 if
-// it was not measured.
-func (t *table) add(w workload, tools []tool, medians []sample, dd float64) {
-	if dd > 0 {
+// add adds the lines of a workload.
+func (t *table) add(w workload, tools []tool, medians []sample) {
+	if dd := medians[0].dd; dd > 0 {
 		t.rates = append(t.rates, fmt.Sprintf("%d MiB at %.2f GiB/s", w.mib, dd/(1<<30)))
 	}
 	for i, tool := range tools {
@@ -23,7 +22,7 @@ func (t *table) add(w workload, tools []tool, medians []sample, dd float64) {
 		t.rows = append(t.rows, fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |",
 			w.name, tool.name, ms(m.start), ms(m.checkpoint), ms(m.stopped), ms(m.restore),
 			mib(m.image), mib(m.dumpRSS), mib(m.restoreRSS),
-			share(m.image, m.written, dd), share(m.image, m.read, dd)))
+			percent(m.written), percent(m.read)))
 		if i > 0 {
 			t.rows = append(t.rows, fmt.Sprintf("| | ratio to %s | | %s | %s | %s | | | | | |", tools[0].name,
 				ratio(m.checkpoint, medians[0].checkpoint), ratio(m.stopped, medians[0].stopped),
@@ -41,9 +40,9 @@ func (t *table) String() string {
 		return text
 	}
 	return text + fmt.Sprintf(`In the same turns dd bs=1M writes to a new file of the same file system:
-%s. The last two columns say at which share of that ocickpt
-writes and reads an image: its size by the time of all phases of the checkpoint,
-up to the release, and of the restore but for "create the container". Neither dd
+%s. The last two columns say at which share of the dd of its
+turn ocickpt writes and reads an image: its size by the time of all phases of the checkpoint,
+up to the commit, and of the restore but for "create the container". Neither dd
 nor these phases sync; the columns of checkpoint and restore are wall time from
 start to exit, the checkpoint's with its fsync.
 `, strings.Join(t.rates, ", "))
@@ -59,10 +58,9 @@ func ratio(a, b time.Duration) string {
 	return fmt.Sprintf("%.1f", float64(a)/float64(b))
 }
 
-// share is the rate at which an image was written or read, of dd's.
-func share(bytes int64, took time.Duration, dd float64) string {
-	if took == 0 || dd == 0 {
+func percent(share float64) string {
+	if share == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%.0f %%", 100*float64(bytes)/took.Seconds()/dd)
+	return fmt.Sprintf("%.0f %%", 100*share)
 }

@@ -44,6 +44,7 @@ type chunk struct {
 	ref  image.Ref
 	runs []image.Run
 	raw  []byte
+	sum  uint32
 }
 
 // chunks is how many there are: one being read, one being written, and one to
@@ -68,7 +69,7 @@ func (s *Saver) write() {
 	var err error
 	for c := range s.full {
 		if err == nil {
-			err = s.w.Pages(c.ref, c.runs, c.raw)
+			err = s.w.Pages(c.ref, c.runs, c.raw, c.sum)
 			if err != nil {
 				s.written <- err
 			}
@@ -152,10 +153,12 @@ func (s *Saver) flush() error {
 			return err
 		}
 	}
+	raw := s.buf[:s.used]
+	c := chunk{s.ref, s.runs, raw, image.Checksum(raw)} // here, while they are in this processor's cache
 	select {
 	case err := <-s.written:
 		return err
-	case s.full <- chunk{s.ref, s.runs, s.buf[:s.used]}:
+	case s.full <- c:
 	}
 	s.runs, s.buf, s.used = nil, <-s.free, 0
 	return nil
