@@ -32,12 +32,12 @@ lint:
 	$(GO) run $(STATICCHECK) $(TAGS) ./...
 
 unit:
-	@hack/gotest $(TAGS) -race -timeout 5m $(UNIT)
+	$(GO) test $(TAGS) -race -timeout 5m $(UNIT)
 
 # Containers share the machine's two cgroup hierarchies and its pids: one test
 # at a time, and no cached result, because the host is part of what is tested.
 integration:
-	@hack/gotest $(TAGS) -count=1 -timeout 12m ./integration/...
+	$(GO) test $(TAGS) -count=1 -timeout 12m ./integration/...
 
 test: setup
 	@hack/test
