@@ -85,6 +85,16 @@ func withHostPrograms() option {
 	}
 }
 
+// withUserNamespace makes the container's root an ordinary user of the host.
+func withUserNamespace() option {
+	return func(c *container, spec *specs.Spec) {
+		ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 1 << 31}}
+		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids, ids
+		c.must(os.Chmod(c.dir, 0o711))
+	}
+}
+
 var containerCount atomic.Int64
 
 // newContainer makes a bundle with busybox and the test programs in /bin and a

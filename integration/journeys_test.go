@@ -35,6 +35,13 @@ func TestJourneyCgroupV2(t *testing.T) {
 	})
 }
 
+// TestJourneyMapped is the same in a user namespace.
+func TestJourneyMapped(t *testing.T) {
+	for _, p := range mapped {
+		t.Run(p.name, func(t *testing.T) { p.journey(t) })
+	}
+}
+
 func (p program) journey(t *testing.T) {
 	c := p.start(t)
 	for range 3 {

@@ -49,6 +49,18 @@ var sleeps = []string{
 	"read", "wait4", "pause", "sigsuspend",
 }
 
+// mapped are the programs that run in a user namespace of their own too, where
+// nothing may be done that takes root on the host.
+var mapped = []program{
+	{name: "tree", options: []option{withUserNamespace(), withArgs("/bin/tree.sh")}},
+	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
+	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "creds", options: []option{
+		withUserNamespace(), withArgs("/bin/creds"), withNewPrivileges(),
+		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),
+	}},
+}
+
 // start runs the program in a new container and lets it do some rounds.
 func (p program) start(t *testing.T) *container {
 	t.Helper()
