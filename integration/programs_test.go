@@ -44,9 +44,10 @@ var programs = []program{
 // sleeps are the kinds of sleep of the sleepers program, without semtimedop:
 // System V semaphores are not among what a checkpoint holds yet.
 var sleeps = []string{
-	"nanosleep", "clock-relative", "clock-absolute", "clock-boottime", "poll", "poll-forever",
-	"ppoll", "select", "epoll", "futex", "futex-timed", "futex-absolute", "sigtimedwait",
-	"read", "wait4", "pause", "sigsuspend",
+	"nanosleep", "clock-relative", "clock-absolute", "clock-boottime", "clock-tai", "clock-realtime",
+	"poll", "poll-forever", "ppoll", "select", "pselect", "epoll", "epoll-pwait2", "recv", "accept",
+	"futex", "futex-timed", "futex-absolute", "futex-realtime", "futex-waitv", "cond-monotonic", "cond-realtime",
+	"sigtimedwait", "read", "wait4", "pause", "sigsuspend",
 }
 
 // mapped are the programs that run in a user namespace of their own too, where

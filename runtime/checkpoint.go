@@ -71,6 +71,7 @@ type checkpoint struct {
 	stopped time.Time
 	thaw    guardian.Entry
 	quota   []lifted
+	learned *learned
 
 	halt   *halt.Halt
 	census *census
@@ -147,6 +148,9 @@ func (k *checkpoint) close() {
 	if k.out != nil {
 		_ = k.out.Close()
 	}
+	if k.learned != nil {
+		k.learned.close()
+	}
 	if k.c != nil {
 		_ = k.c.Close()
 	}
@@ -171,6 +175,10 @@ func (k *checkpoint) prepare(context.Context) error {
 	c, err := load(k.Root, k.ID)
 	k.c = c
 	if err == nil {
+		k.learned = newLearned(k.Log)
+		err = k.expect()
+	}
+	if err == nil {
 		err = k.head.fill(k.LeaveRunning)
 	}
 	if e := <-started; err == nil {
@@ -187,6 +195,15 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	k.w = image.NewWriter(k.out)
 	return nil
+}
+
+// expect begins to prepare what takes long and will be needed at the stop.
+func (k *checkpoint) expect() error {
+	pids, err := k.c.cgroup.Processes()
+	if err == nil {
+		k.learned.expect(pids)
+	}
+	return err
 }
 
 // fill makes the records that describe the machine and this program.
@@ -226,7 +243,10 @@ func (k *checkpoint) survey(ctx context.Context) error {
 	var last error
 	for range surveys {
 		err := k.look()
-		if err == nil || last != nil && err.Error() == last.Error() || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if last != nil && err.Error() == last.Error() && !errors.Is(err, tracee.ErrGone) {
 			return err
 		}
 		last = err
@@ -315,7 +335,7 @@ func (k *checkpoint) collectTask(p *process) error {
 	p.live = k.halt.Live[p.pid]
 	src := &task.Source{
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
-		Maps: k.c.maps,
+		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)
 			if err != nil {

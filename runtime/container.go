@@ -36,6 +36,7 @@ type container struct {
 	pidDepth    int // levels of pid namespaces down to the container's
 	inodes      map[string]uint64
 	maps        task.IDMaps
+	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -326,6 +327,9 @@ func (c *container) readClocks() error {
 			return err
 		}
 		*to += ts.Nano()
+		if clock == unix.CLOCK_MONOTONIC {
+			c.now = ts.Nano()
+		}
 	}
 	c.record.Monotonic, c.record.Boottime = mono, boot
 	return nil

@@ -92,7 +92,7 @@ func features() []probe {
 		{ProbeResult: feature("PIDFD_THREAD", "6.9", false, "nothing yet: for threads with files of their own"), here: probePidfdThread},
 		{ProbeResult: feature("/dev/userfaultfd", "6.1", false, "nothing yet: for memory copied while a container runs"), here: probeUserfaultfdDevice},
 		{ProbeResult: feature("UFFD_FEATURE_WP_ASYNC", "6.7", false, "nothing yet: for memory copied while a container runs"), here: probeWriteProtectAsync},
-		{ProbeResult: feature("BTF of the kernel", "5.4", false, "nothing yet: for the time that calls had left to sleep"), here: probeBTF},
+		{ProbeResult: feature("BPF task iterators, BTF of the kernel", "5.8", false, "poll, futex waits and some sleeps wait their full time again after a restore"), here: probeRestartBlocks},
 	}
 }
 

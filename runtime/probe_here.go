@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/cgroupfreeze"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 )
 
 // unifiedCgroups reports a host whose containers are in cgroup v2 alone.
@@ -216,8 +217,11 @@ func probeWriteProtectAsync() error {
 	return errnoOf("UFFDIO_API", errno)
 }
 
-// probeBTF looks for the kernel's own types (CONFIG_DEBUG_INFO_BTF).
-func probeBTF() error {
-	_, err := os.Stat("/sys/kernel/btf/vmlinux")
-	return err
+// probeRestartBlocks reads out of the kernel where calls of stopped threads stand.
+func probeRestartBlocks() error {
+	q, err := bpf.RestartBlocks()
+	if err != nil {
+		return err
+	}
+	return q.Close()
 }

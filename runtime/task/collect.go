@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -24,6 +25,13 @@ type Source struct {
 	Maps    IDMaps
 	// InnerTid translates a host tid of the container.
 	InnerTid func(host int) int
+	// Now is CLOCK_MONOTONIC, outside, at the moment of the record of the
+	// container's clocks.
+	Now int64
+	// Block reads a thread's restart block out of the kernel, where it can.
+	Block func(tid int) (bpf.RestartBlock, bool)
+	// Warn notes what could not be found out.
+	Warn func(format string, args ...any)
 }
 
 // State is what Collect found.
@@ -115,7 +123,7 @@ func (s *Source) registers(i int, rec *image.Thread) error {
 	if err != nil {
 		return err
 	}
-	if rec.Restart, err = restartOf(t, &r); err != nil {
+	if rec.Restart, err = s.restartOf(t, &r); err != nil {
 		return err
 	}
 	if r, err = t.ResumeRegs(r); err != nil {

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -26,22 +27,147 @@ const (
 	futexWaitBitset = 9
 )
 
-// restartOf records the call a thread was interrupted in. Where the kernel has
-// told the program how much time was left (the second timespec of a sleep), or
-// the time is absolute, it is exact; otherwise it is the call's full time.
-func restartOf(t *tracee.Thread, r *tracee.Regs) (*image.Restart, error) {
+// restartOf records the call a thread was interrupted in and the time it had
+// left. Three ways tell, in this order: the call itself, the restart block, and
+// where nobody may read that, the arguments: the call then starts again with its
+// full time, which is late but never early.
+func (s *Source) restartOf(t *tracee.Thread, r *tracee.Regs) (*image.Restart, error) {
 	if !r.NeedsRestartBlock() {
 		return nil, nil
 	}
 	nr, _, _ := r.Syscall()
+	told := toldByCall(nr, r.Args())
+	if !told {
+		if block, ok := s.Block(t.Tid); ok {
+			if rec := s.restartFrom(&block, nr, r.Args()); rec != nil {
+				return rec, nil
+			}
+		}
+	}
 	if nr == unix.SYS_RESTART_SYSCALL {
 		nr = restartedCall(t, r)
+		told = toldByCall(nr, r.Args())
 	}
 	left, err := timeLeft(t, nr, r.Args())
 	if err != nil {
 		return nil, err
 	}
+	if !told {
+		s.Warn("how long thread %d still had to wait in %s is not known; it waits its full time again", s.InnerTid(t.Tid), restarting[nr])
+	}
 	return &image.Restart{Nr: nr, Left: left}, nil
+}
+
+var restarting = map[uint64]string{
+	unix.SYS_NANOSLEEP: "nanosleep", unix.SYS_CLOCK_NANOSLEEP: "clock_nanosleep", unix.SYS_POLL: "poll", unix.SYS_FUTEX: "futex",
+	unix.SYS_RESTART_SYSCALL: "restart_syscall",
+}
+
+// toldByCall reports that a call and its arguments say how much time is left: by
+// the remainder that the kernel writes when a sleep is interrupted, by an
+// absolute time, or by none.
+func toldByCall(nr uint64, args [6]uint64) bool {
+	switch nr {
+	case unix.SYS_NANOSLEEP:
+		return args[1] != 0
+	case unix.SYS_CLOCK_NANOSLEEP:
+		return args[3] != 0
+	case unix.SYS_POLL:
+		return int32(args[2]) < 0
+	case unix.SYS_FUTEX:
+		return args[1]&futexCommand == futexWaitBitset
+	}
+	return false
+}
+
+// AsksForBlock reports a thread of a running process that sleeps in a call of
+// which, were it stopped now, only the restart block would tell the time left.
+func AsksForBlock(tid int) bool {
+	b, err := readProc(tid, "syscall")
+	if err != nil {
+		return false
+	}
+	var nr uint64
+	var args [6]uint64
+	n, _ := fmt.Sscanf(string(b), "%d 0x%x 0x%x 0x%x 0x%x", &nr, &args[0], &args[1], &args[2], &args[3])
+	if n < 5 || restarting[nr] == "" || toldByCall(nr, args) {
+		return false
+	}
+	return nr != unix.SYS_FUTEX || args[1]&futexCommand == futexWait && args[3] != 0
+}
+
+// restartFrom makes the record from a restart block. The function in it tells
+// the call, also where restart_syscall(2) has taken the place of its number.
+func (s *Source) restartFrom(b *bpf.RestartBlock, nr uint64, args [6]uint64) *image.Restart {
+	rec := &image.Restart{Nr: nr}
+	switch b.Fn {
+	case "hrtimer_nanosleep_restart":
+		rec.Nr, rec.Left = sleepCall(b, nr, args), b.Nanosleep.Expires-s.clock(b.Nanosleep.Clock)
+	case "posix_cpu_nsleep_restart":
+		now, ok := s.cpuClock(b.Nanosleep.Clock)
+		if !ok {
+			return nil
+		}
+		rec.Nr, rec.Left = unix.SYS_CLOCK_NANOSLEEP, b.Nanosleep.Expires-now
+	case "alarm_timer_nsleep_restart":
+		clocks := map[int32]int32{0: unix.CLOCK_REALTIME, 1: unix.CLOCK_BOOTTIME} // enum alarmtimer_type
+		rec.Nr, rec.Left = unix.SYS_CLOCK_NANOSLEEP, b.Nanosleep.Expires-s.clock(clocks[b.Nanosleep.Clock])
+	case "do_restart_poll":
+		rec.Nr, rec.Left = unix.SYS_POLL, -1
+		if b.Poll.Timed {
+			rec.Left = max(b.Poll.Expires-s.Now, 0)
+		}
+		return rec
+	case "futex_wait_restart":
+		rec.Nr = unix.SYS_FUTEX
+		if args[1]&futexCommand == futexWait { // the other one has its absolute time among the arguments
+			rec.Left = b.Futex.Expires - s.Now
+		}
+	default:
+		return nil
+	}
+	rec.Left = max(rec.Left, 0)
+	return rec
+}
+
+// sleepCall tells the two sleeps apart, which share a restart block, by the
+// place of the remainder among the arguments, or a clock where nanosleep has an
+// address.
+func sleepCall(b *bpf.RestartBlock, nr uint64, args [6]uint64) uint64 {
+	const lowestPage = 1 << 12 // nothing is mapped below
+	switch {
+	case nr != unix.SYS_RESTART_SYSCALL:
+		return nr
+	case args[0] < lowestPage && args[1] == 0 && (b.Nanosleep.Remainder == 0 || args[3] == b.Nanosleep.Remainder):
+		return unix.SYS_CLOCK_NANOSLEEP
+	}
+	return unix.SYS_NANOSLEEP
+}
+
+// clock reads a clock at the stop. The monotonic one is that of the record of
+// the container's clocks, with which the times left go together.
+func (s *Source) clock(id int32) int64 {
+	if id == unix.CLOCK_MONOTONIC {
+		return s.Now
+	}
+	var ts unix.Timespec
+	_ = unix.ClockGettime(id, &ts) // the thread sleeps by it, so it is one
+	return ts.Nano()
+}
+
+// cpuClock reads the cpu clock of the whole process, by whatever name one of its
+// threads sleeps by it: the pid of a process, inverted, above three bits of kind
+// (include/linux/posix-timers.h). The kernel lets nobody else read the clock of
+// a single thread.
+func (s *Source) cpuClock(id int32) (int64, bool) {
+	const perThread = 4
+	pid := ^(id >> 3)
+	if id&perThread != 0 || pid != 0 && int(pid) != s.Inner {
+		return 0, false
+	}
+	var ts unix.Timespec
+	err := unix.ClockGettime(^int32(s.Pid)<<3|id&3, &ts)
+	return ts.Nano(), err == nil
 }
 
 // restartedCall tells the call behind restart_syscall(2). A call that has been
@@ -169,36 +295,4 @@ func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs) (tracee.R
 		return r, fmt.Errorf("rebuild the restart block of system call %d: %w", rec.Nr, err)
 	}
 	return r.Resumed(rec.Nr, interrupted), nil
-}
-
-// reentered lists the calls that the kernel ends with EINTR whenever they are
-// interrupted, by us as by anybody (signal(7)): without a handler to run, a
-// program must not see it.
-var reentered = map[uint64]bool{
-	unix.SYS_EPOLL_WAIT: true, unix.SYS_EPOLL_PWAIT: true, unix.SYS_EPOLL_PWAIT2: true,
-	unix.SYS_RT_SIGTIMEDWAIT: true, unix.SYS_SEMOP: true, unix.SYS_SEMTIMEDOP: true,
-	unix.SYS_PPOLL: true, unix.SYS_SELECT: true, unix.SYS_PSELECT6: true, // that cannot write back the time left
-	unix.SYS_IO_GETEVENTS: true, unix.SYS_IO_PGETEVENTS: true,
-	unix.SYS_RECVFROM: true, unix.SYS_RECVMSG: true, unix.SYS_RECVMMSG: true, unix.SYS_ACCEPT: true, unix.SYS_ACCEPT4: true,
-	unix.SYS_SENDTO: true, unix.SYS_SENDMSG: true, unix.SYS_SENDMMSG: true, unix.SYS_CONNECT: true,
-	unix.SYS_READ: true, unix.SYS_READV: true, unix.SYS_WRITE: true, unix.SYS_WRITEV: true, // of sockets with a time-out, inotify
-	unix.SYS_MSGRCV: true, unix.SYS_MSGSND: true,
-}
-
-// EndedByInterrupt reports a thread that was stopped on its way out of a call
-// that an interrupt has ended with EINTR.
-func EndedByInterrupt(r *tracee.Regs) bool {
-	nr, result, ok := r.Syscall()
-	return ok && result == -int64(unix.EINTR) && reentered[nr]
-}
-
-// HideEINTR makes a thread that our interrupt threw out of a call enter it
-// again. A signal with a handler that is waiting to be delivered would have
-// interrupted the call without us: then the EINTR is the program's own.
-func HideEINTR(r *tracee.Regs, s *Status) bool {
-	if !EndedByInterrupt(r) || (s.SigPnd|s.ShdPnd)&s.SigCgt&^s.SigBlk != 0 {
-		return false
-	}
-	r.Reenter()
-	return true
 }

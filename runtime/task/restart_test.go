@@ -2,6 +2,8 @@ package task
 
 import (
 	"errors"
+	"fmt"
+	"os"
 	"os/exec"
 	"testing"
 	"time"
@@ -9,15 +11,22 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // restartTwice stops a thread in its call and again in the restart of it, when
-// the kernel shows restart_syscall(2) instead of the number.
-func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration) {
+// the kernel shows restart_syscall(2) instead of the number. By its restart block
+// the time left is exact; without, it may be the full time, and a warning says
+// so unless the call itself tells.
+func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration, question *bpf.Question) {
 	t.Helper()
 	asleepIn(t, pid, nr)
+	if AsksForBlock(pid) == toldByCall(nr, callArgs(t, pid)) {
+		t.Errorf("asks for the restart block: %v", AsksForBlock(pid))
+	}
+	started := monotonic()
 	for _, in := range []uint64{nr, unix.SYS_RESTART_SYSCALL} {
 		th := stop(t, pid, pid)
 		r, err := th.Regs()
@@ -25,28 +34,67 @@ func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration) {
 		if got, _, ok := r.Syscall(); !ok || got != in {
 			t.Fatalf("stopped in system call %d, want %d", got, in)
 		}
-		rec, err := restartOf(th, &r)
+		blocks, err := question.RestartBlocks()
 		check(t, err)
-		if rec == nil || rec.Nr != nr {
-			t.Errorf("in system call %d: restart of %+v, want of %d", in, rec, nr)
-		} else if got := time.Duration(rec.Left); left >= 0 && (got > left+time.Microsecond || got < left-time.Minute) || left < 0 && got >= 0 {
-			t.Errorf("in system call %d: %v left, want nearly %v", in, got, left)
+		for _, known := range []bool{true, false} {
+			warned := false
+			src := &Source{
+				Pid: pid, Now: monotonic(), InnerTid: func(host int) int { return host },
+				Block: func(tid int) (bpf.RestartBlock, bool) { b, ok := blocks[tid]; return b, ok && known },
+				Warn:  func(string, ...any) { warned = true },
+			}
+			rec, err := src.restartOf(th, &r)
+			check(t, err)
+			if rec == nil || rec.Nr != nr {
+				t.Errorf("in system call %d: restart of %+v, want of %d", in, rec, nr)
+				continue
+			}
+			if warned == (known || toldByCall(nr, r.Args())) {
+				t.Errorf("in system call %d, block known %v: warned %v", in, known, warned)
+			}
+			most, least := left+2*time.Millisecond, left-time.Duration(src.Now-started)-time.Second
+			if got := time.Duration(rec.Left); left >= 0 && (got > most || got < least) || left < 0 && got >= 0 {
+				t.Errorf("in system call %d, block known %v: %v left, want between %v and %v", in, known, got, least, most)
+			}
 		}
 		check(t, th.Detach(0))
 		asleepIn(t, pid, unix.SYS_RESTART_SYSCALL)
+		if !AsksForBlock(pid) {
+			t.Error("restart_syscall does not ask for the restart block")
+		}
 	}
 }
 
+func monotonic() int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return ts.Nano()
+}
+
+// callArgs are the arguments of the call that a thread sleeps in.
+func callArgs(t *testing.T, pid int) (a [6]uint64) {
+	t.Helper()
+	b, err := readProc(pid, "syscall")
+	check(t, err)
+	var nr uint64
+	_, err = fmt.Sscanf(string(b), "%d 0x%x 0x%x 0x%x 0x%x", &nr, &a[0], &a[1], &a[2], &a[3])
+	check(t, err)
+	return a
+}
+
 func TestRestartedCall(t *testing.T) {
+	question, err := bpf.RestartBlocks()
+	check(t, err)
+	defer question.Close()
 	for name, s := range sleeps {
-		t.Run(name, func(t *testing.T) { restartTwice(t, startChild(t, name), uint64(s.nr), s.left) })
+		t.Run(name, func(t *testing.T) { restartTwice(t, startChild(t, name), uint64(s.nr), s.left, question) })
 	}
 	t.Run("libc", func(t *testing.T) { // the number stands in front of its syscall instruction
 		lock(t)
 		c := exec.Command("sleep", "1000")
 		check(t, c.Start())
 		t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-		restartTwice(t, c.Process.Pid, unix.SYS_CLOCK_NANOSLEEP, 1000*time.Second)
+		restartTwice(t, c.Process.Pid, unix.SYS_CLOCK_NANOSLEEP, 1000*time.Second, question)
 	})
 }
 
@@ -56,7 +104,7 @@ func TestNoRestart(t *testing.T) {
 	th := stop(t, pid, pid)
 	r, err := th.Regs()
 	check(t, err)
-	if rec, err := restartOf(th, &r); rec != nil || err != nil {
+	if rec, err := (&Source{}).restartOf(th, &r); rec != nil || err != nil {
 		t.Errorf("pause(2) has no restart block, got %+v, %v", rec, err)
 	}
 	var refused *fail.Refused
@@ -68,39 +116,53 @@ func TestNoRestart(t *testing.T) {
 	}
 }
 
-func TestHideEINTR(t *testing.T) {
-	const usr1 = 1 << (unix.SIGUSR1 - 1)
-	regs := func(nr uint64, result int64) (r tracee.Regs) {
-		r.Orig_rax, r.Rax, r.Rip, r.Rdi = nr, uint64(result), 0x1002, 5
-		return r
+// A restart block names the call and the clock even where the number is lost.
+func TestRestartFrom(t *testing.T) {
+	const now, lost = 1e12, unix.SYS_RESTART_SYSCALL
+	src := &Source{Pid: os.Getpid(), Inner: 7, Now: now}
+	cpu := func() int64 {
+		var ts unix.Timespec
+		check(t, unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &ts))
+		return ts.Nano()
+	}()
+	sleep := func(fn string, clock int32, rest uint64, expires int64) (b bpf.RestartBlock) {
+		b.Fn, b.Nanosleep.Clock, b.Nanosleep.Remainder, b.Nanosleep.Expires = fn, clock, rest, expires
+		return b
 	}
+	poll := bpf.RestartBlock{Fn: "do_restart_poll"}
+	poll.Poll.Timed, poll.Poll.Expires = true, now-1
+	futex := bpf.RestartBlock{Fn: "futex_wait_restart"}
+	futex.Futex.Expires = now + 5
 	for _, c := range []struct {
-		name   string
-		nr     uint64
-		result int64
-		status Status
-		hides  bool
+		name  string
+		block bpf.RestartBlock
+		args  [6]uint64
+		nr    uint64
+		left  int64
+		slack int64
 	}{
-		{"epoll_wait", unix.SYS_EPOLL_WAIT, -int64(unix.EINTR), Status{}, true},
-		{"its result was another", unix.SYS_EPOLL_WAIT, 0, Status{}, false},
-		{"the kernel restarts it", unix.SYS_READ, -512, Status{}, false},
-		{"a call that is not interrupted by us", unix.SYS_PAUSE, -int64(unix.EINTR), Status{}, false},
-		{"outside a call", ^uint64(0), -int64(unix.EINTR), Status{}, false},
-		{"a handler will run", unix.SYS_ACCEPT4, -int64(unix.EINTR), Status{SigPnd: usr1, SigCgt: usr1}, false},
-		{"the process's handler will run", unix.SYS_ACCEPT4, -int64(unix.EINTR), Status{ShdPnd: usr1, SigCgt: usr1}, false},
-		{"the signal is blocked", unix.SYS_ACCEPT4, -int64(unix.EINTR), Status{SigPnd: usr1, SigCgt: usr1, SigBlk: usr1}, true},
-		{"the signal has no handler", unix.SYS_ACCEPT4, -int64(unix.EINTR), Status{SigPnd: usr1}, true},
+		{"nanosleep", sleep("hrtimer_nanosleep_restart", unix.CLOCK_MONOTONIC, 0x5000, now+9), [6]uint64{0x4000, 0x5000}, unix.SYS_NANOSLEEP, 9, 0},
+		{"clock_nanosleep", sleep("hrtimer_nanosleep_restart", unix.CLOCK_MONOTONIC, 0, now+9), [6]uint64{0, 0, 0x4000}, unix.SYS_CLOCK_NANOSLEEP, 9, 0},
+		{"with remainder", sleep("hrtimer_nanosleep_restart", unix.CLOCK_MONOTONIC, 0x5000, now+9), [6]uint64{1, 0, 0x4000, 0x5000}, unix.SYS_CLOCK_NANOSLEEP, 9, 0},
+		{"over", sleep("hrtimer_nanosleep_restart", unix.CLOCK_MONOTONIC, 0, now-9), [6]uint64{0, 0, 0x4000}, unix.SYS_CLOCK_NANOSLEEP, 0, 0},
+		{"cpu clock", sleep("posix_cpu_nsleep_restart", -6, 0, cpu+1e9), [6]uint64{2, 0, 0x4000}, unix.SYS_CLOCK_NANOSLEEP, 1e9, 5e8},
+		{"its own cpu clock by pid", sleep("posix_cpu_nsleep_restart", ^7<<3|2, 0, cpu+1e9), [6]uint64{2, 0, 0x4000}, unix.SYS_CLOCK_NANOSLEEP, 1e9, 5e8},
+		{"poll", poll, [6]uint64{0x4000, 1, 5}, unix.SYS_POLL, 0, 0},
+		{"poll for ever", bpf.RestartBlock{Fn: "do_restart_poll"}, [6]uint64{0x4000, 1, 5}, unix.SYS_POLL, -1, 0},
+		{"futex", futex, [6]uint64{0x4000, 128}, unix.SYS_FUTEX, 5, 0},
+		{"absolute futex", futex, [6]uint64{0x4000, 128 | futexWaitBitset}, unix.SYS_FUTEX, 0, 0},
 	} {
-		r := regs(c.nr, c.result)
-		before := r
-		if got := HideEINTR(&r, &c.status); got != c.hides {
-			t.Errorf("%s: hidden %v, want %v", c.name, got, c.hides)
+		got := src.restartFrom(&c.block, lost, c.args)
+		if got == nil || got.Nr != c.nr || got.Left > c.left || got.Left < c.left-c.slack {
+			t.Errorf("%s: %+v, want %d with %d left", c.name, got, c.nr, c.left)
 		}
-		if !c.hides && r != before {
-			t.Errorf("%s: registers changed", c.name)
-		}
-		if c.hides && (r.Rax != c.nr || r.Rip != 0x1000 || r.Orig_rax != ^uint64(0) || r.Rdi != 5) {
-			t.Errorf("%s: the call is not entered again: %+v", c.name, r)
+	}
+	for _, b := range []bpf.RestartBlock{
+		{Fn: "do_no_restart_syscall"}, {Fn: "of_another_kernel"},
+		sleep("posix_cpu_nsleep_restart", ^8<<3|2, 0, 1), sleep("posix_cpu_nsleep_restart", ^7<<3|6, 0, 1),
+	} {
+		if got := src.restartFrom(&b, lost, [6]uint64{}); got != nil {
+			t.Errorf("%+v became %+v", b, got)
 		}
 	}
 }

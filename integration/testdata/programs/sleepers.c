@@ -1,13 +1,16 @@
 /*
- * sleepers [KIND...] - threads that sleep in every system call that can sleep,
- * for a short and for a long time. Each asserts that it never sees an EINTR
- * it did not ask for, never wakes before its time by CLOCK_MONOTONIC, and
- * finds the call's arguments unchanged. Half of the kinds run in a child, so
- * that the first process of the container is not the only one to sleep.
+ * sleepers [late] [KIND...] - threads that sleep in every system call that can
+ * sleep, for a short and for a long time. Each asserts that it never sees an
+ * EINTR it did not ask for, never wakes before its time by CLOCK_MONOTONIC, not
+ * much later either where the kernel can tell how much of it is left ("late"
+ * takes that back), and finds the call's arguments unchanged. Half of the kinds
+ * run in a child, so that the first process of the container is not the only
+ * one to sleep.
  */
 #include "hold.h"
 
 #include <linux/futex.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -15,9 +18,13 @@
 #include <sys/eventfd.h>
 #include <sys/select.h>
 #include <sys/sem.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #define SHORT (300 * MS)
-#define LONG (5 * SEC)
+#define LONG (3 * SEC)
+#define ROUND (50 * MS)
+#define SLACK (SEC + 4 * ROUND)	/* besides what whole rounds came late */
 #define WAKE SIGUSR1		/* what a waker sends; its handler says so */
 #define WAITED (SIGRTMIN + 3)	/* blocked everywhere, for rt_sigtimedwait */
 
@@ -131,6 +138,24 @@ static void close_pipe(int *ends)
 	close(ends[1]);
 }
 
+/* CLOCK_TAI has no offset in a time namespace; relative, it is like any. */
+static void do_clock_tai(long long ns)
+{
+	struct timespec ts = to_timespec(ns), rem = { -1, -1 };
+
+	need(!clock_nanosleep(CLOCK_TAI, 0, &ts, &rem));
+}
+
+/* By wall clock, which a checkpoint does not stop. */
+static void do_clock_realtime(long long ns)
+{
+	long long until = clock_ns(CLOCK_REALTIME) + ns;
+	struct timespec ts = to_timespec(until);
+
+	need(!clock_nanosleep(CLOCK_REALTIME, TIMER_ABSTIME, &ts, NULL));
+	need(clock_ns(CLOCK_REALTIME) >= until);
+}
+
 static void do_poll(long long ns)
 {
 	int ends[2];
@@ -198,6 +223,64 @@ static void do_epoll(long long ns)
 	close(efd);
 }
 
+static void do_epoll_pwait2(long long ns)
+{
+	struct timespec ts = to_timespec(ns);
+	struct epoll_event ev;
+	int ep = epoll_create1(EPOLL_CLOEXEC);
+
+	need(ep >= 0);
+	need(syscall(SYS_epoll_pwait2, ep, &ev, 1, &ts, NULL, 0) == 0);
+	need(ts.tv_sec * SEC + ts.tv_nsec == ns);
+	close(ep);
+}
+
+/* The system call itself, which writes the rest into its argument. */
+static void do_pselect(long long ns)
+{
+	struct timespec ts = to_timespec(ns);
+	sigset_t during, before, after;
+	struct { sigset_t *set; size_t size; } mask = { &during, 8 };
+
+	pthread_sigmask(SIG_SETMASK, NULL, &before);
+	sigfillset(&during);
+	need(syscall(SYS_pselect6, 0, NULL, NULL, NULL, &ts, &mask) == 0);
+	pthread_sigmask(SIG_SETMASK, NULL, &after);
+	need(!memcmp(&before, &after, 8));
+	need(ts.tv_sec == 0 && ts.tv_nsec == 0);
+}
+
+static void set_timeout(int fd, int which, long long ns)
+{
+	struct timeval tv = { ns / SEC, ns % SEC / 1000 };
+
+	need(!setsockopt(fd, SOL_SOCKET, which, &tv, sizeof(tv)));
+}
+
+static void do_recv(long long ns)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct sockaddr_in any = { .sin_family = AF_INET };
+	char byte;
+
+	need(fd >= 0 && !bind(fd, (struct sockaddr *)&any, sizeof(any)));
+	set_timeout(fd, SO_RCVTIMEO, ns);
+	need(recv(fd, &byte, 1, 0) == -1 && errno == EAGAIN);
+	close(fd);
+}
+
+static void do_accept(long long ns)
+{
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	struct sockaddr_in any = { .sin_family = AF_INET };
+
+	need(fd >= 0 && !bind(fd, (struct sockaddr *)&any, sizeof(any)));
+	need(!listen(fd, 1));
+	set_timeout(fd, SO_RCVTIMEO, ns);
+	need(accept(fd, NULL, NULL) == -1 && errno == EAGAIN);
+	close(fd);
+}
+
 static void do_futex(long long ns)
 {
 	struct waker w = { 0 };
@@ -229,6 +312,54 @@ static void do_futex_absolute(long long ns)
 	need(syscall(SYS_futex, &word, FUTEX_WAIT_BITSET, 5, &ts, NULL,
 		     FUTEX_BITSET_MATCH_ANY) == -1);
 	need(errno == ETIMEDOUT);
+}
+
+static void do_futex_realtime(long long ns)
+{
+	struct timespec ts = to_timespec(clock_ns(CLOCK_REALTIME) + ns);
+	int word = 5;
+
+	need(syscall(SYS_futex, &word, FUTEX_WAIT_BITSET | FUTEX_CLOCK_REALTIME,
+		     5, &ts, NULL, FUTEX_BITSET_MATCH_ANY) == -1);
+	need(errno == ETIMEDOUT);
+}
+
+static void do_futex_waitv(long long ns)
+{
+	struct timespec ts = to_timespec(mono_ns() + ns);
+	uint32_t word = 5;
+	/* struct futex_waitv: u64 val, uaddr; u32 flags (FUTEX2_SIZE_U32) */
+	struct { uint64_t val, uaddr; uint32_t flags, reserved; } w = {
+		5, (uintptr_t)&word, 2, 0
+	};
+
+	need(syscall(SYS_futex_waitv, &w, 1, 0, &ts, CLOCK_MONOTONIC) == -1);
+	need(errno == ETIMEDOUT);
+}
+
+/* A condition variable with an absolute time by either clock. */
+static void wait_condition(clockid_t clock, long long ns)
+{
+	struct timespec ts = to_timespec(clock_ns(clock) + ns);
+	pthread_mutex_t m = PTHREAD_MUTEX_INITIALIZER;
+	pthread_cond_t c = PTHREAD_COND_INITIALIZER;
+	int err = 0;
+
+	pthread_mutex_lock(&m);
+	while (!err) /* a condition may wake for nothing */
+		err = pthread_cond_clockwait(&c, &m, clock, &ts);
+	need(err == ETIMEDOUT);
+	pthread_mutex_unlock(&m);
+}
+
+static void do_cond_monotonic(long long ns)
+{
+	wait_condition(CLOCK_MONOTONIC, ns);
+}
+
+static void do_cond_realtime(long long ns)
+{
+	wait_condition(CLOCK_REALTIME, ns);
 }
 
 static void do_sigtimedwait(long long ns)
@@ -317,29 +448,63 @@ static void do_sigsuspend(long long ns)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+enum {
+	EXACT = 1,	/* the time left is kept */
+	WALL = 2,	/* by wall clock: may seem early after a restore */
+};
+
 static const struct kind {
 	const char *name;
 	void (*sleep)(long long ns);
+	int flags;
+	long long ns; /* instead of LONG */
 } kinds[] = {
-	{ "nanosleep", do_nanosleep },
-	{ "clock-relative", do_clock_relative },
-	{ "clock-absolute", do_clock_absolute },
-	{ "clock-boottime", do_clock_boottime },
-	{ "poll", do_poll },
-	{ "poll-forever", do_poll_forever },
-	{ "ppoll", do_ppoll },
-	{ "select", do_select },
-	{ "epoll", do_epoll },
-	{ "futex", do_futex },
-	{ "futex-timed", do_futex_timed },
-	{ "futex-absolute", do_futex_absolute },
-	{ "sigtimedwait", do_sigtimedwait },
-	{ "semtimedop", do_semtimedop },
-	{ "read", do_read },
-	{ "wait4", do_wait4 },
-	{ "pause", do_pause },
-	{ "sigsuspend", do_sigsuspend },
+	{ "nanosleep", do_nanosleep, EXACT, 0 },
+	{ "clock-relative", do_clock_relative, EXACT, 0 },
+	{ "clock-absolute", do_clock_absolute, EXACT, 0 },
+	{ "clock-boottime", do_clock_boottime, EXACT, 0 },
+	{ "clock-tai", do_clock_tai, EXACT, 0 },
+	{ "clock-realtime", do_clock_realtime, EXACT | WALL, 0 },
+	{ "poll", do_poll, EXACT, 0 },
+	{ "poll-forever", do_poll_forever, 0, 0 },
+	{ "ppoll", do_ppoll, EXACT, 0 },
+	{ "select", do_select, EXACT, 0 },
+	{ "pselect", do_pselect, EXACT, 0 },
+	{ "epoll", do_epoll, 0, 0 },
+	{ "epoll-pwait2", do_epoll_pwait2, 0, 0 },
+	{ "recv", do_recv, 0, 0 },
+	{ "accept", do_accept, 0, 0 },
+	{ "futex", do_futex, 0, 0 },
+	{ "futex-timed", do_futex_timed, EXACT, 0 },
+	{ "futex-absolute", do_futex_absolute, EXACT, 0 },
+	{ "futex-realtime", do_futex_realtime, EXACT | WALL, 0 },
+	{ "futex-waitv", do_futex_waitv, EXACT, 0 },
+	{ "cond-monotonic", do_cond_monotonic, EXACT, 0 },
+	{ "cond-realtime", do_cond_realtime, EXACT | WALL, 0 },
+	{ "sigtimedwait", do_sigtimedwait, 0, 0 },
+	{ "semtimedop", do_semtimedop, 0, 0 },
+	{ "read", do_read, 0, 0 },
+	/* Its child is looked for in the process tree, before and after. */
+	{ "wait4", do_wait4, 0, 20 * SEC },
+	{ "pause", do_pause, 0, 0 },
+	{ "sigsuspend", do_sigsuspend, 0, 0 },
 };
+
+static int late_allowed;
+
+/* How long the main program has stood still, all in all: stopped, or waiting
+ * for a processor. Everybody else may be late by as much. */
+static volatile long long *still;
+
+static void note_stillness(void)
+{
+	static long long last;
+	long long now = mono_ns();
+
+	if (last && now - last > 3 * ROUND)
+		*still += now - last - ROUND;
+	last = now;
+}
 
 struct job {
 	const struct kind *kind;
@@ -354,15 +519,20 @@ static void *run_job(void *arg)
 	struct job *job = arg;
 
 	for (;;) {
-		long long start = mono_ns(), took;
+		long long still_before = *still, start = mono_ns(), took;
 
 		errno = 0;
 		job->kind->sleep(job->ns);
 		took = mono_ns() - start;
 		/* poll and select count milli- and microseconds. */
-		if (took < job->ns - 1000)
+		if (took < job->ns - 1000 && !(job->kind->flags & WALL))
 			fail("%s of %lld ns woke after %lld", job->kind->name,
 			     job->ns, took);
+		if (took > job->ns + SLACK + *still - still_before &&
+		    job->kind->flags & EXACT && !late_allowed)
+			fail("%s of %lld ns woke only after %lld, with %lld of standing still",
+			     job->kind->name, job->ns, took,
+			     *still - still_before);
 		job->worker->done++;
 	}
 	return NULL;
@@ -382,7 +552,7 @@ static void start(int argc, char **argv, size_t half)
 
 		if (i / 2 % 2 != half || !wanted(argc, argv, k->name))
 			continue;
-		jobs[i] = (struct job){ k, &workers[i], i & 1 ? LONG : SHORT };
+		jobs[i] = (struct job){ k, &workers[i], i & 1 ? k->ns ?: LONG : SHORT };
 		need(!pthread_create(&thread, NULL, run_job, &jobs[i]));
 	}
 }
@@ -393,10 +563,15 @@ int main(int argc, char **argv)
 	sigset_t blocked;
 
 	report_open("sleepers");
+	if (argc > 1 && !strcmp(argv[1], "late")) {
+		late_allowed = 1;
+		argc--, argv++;
+	}
 	sigaction(WAKE, &sa, NULL);
 	sigemptyset(&blocked);
 	sigaddset(&blocked, WAITED);
 	sigprocmask(SIG_BLOCK, &blocked, NULL);
+	still = map_shared(sizeof(*still));
 	worker_count = 2 * COUNT(kinds);
 	workers = map_shared(worker_count * sizeof(*workers));
 	for (size_t i = 0; i < worker_count; i++)
@@ -412,6 +587,7 @@ int main(int argc, char **argv)
 			if (wanted(argc, argv, workers[i].name))
 				watch(&workers[i], 1);
 		tick();
-		doze(50 * MS);
+		note_stillness();
+		doze(ROUND);
 	}
 }

@@ -1,0 +1,192 @@
+// Package bpf asks the kernel about stopped tasks what no system call tells: a
+// program of a few instructions is run by the kernel for every task (a task
+// iterator, Linux 5.8) and prints a line for each that this process traces. One
+// file asks one question. The programs are assembled here; where a field lies in
+// a structure of the running kernel its own type information (BTF) tells.
+//
+// It takes CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN. Whoever asks must have an
+// answer for hosts where nobody may.
+package bpf
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+)
+
+// off makes the kernel look like one that answers nothing, for tests.
+var off = os.Getenv("OCICKPT_NO_BPF") != ""
+
+// ErrOff is why there is no answer while OCICKPT_NO_BPF is set.
+var ErrOff = errors.New("switched off by OCICKPT_NO_BPF")
+
+// Question is a loaded program. Loading takes some ten milliseconds, most of
+// them for reading BTF; asking takes as long as the host has tasks.
+type Question struct {
+	program *ebpf.Program
+	iter    *link.Iter
+}
+
+// kernel knows the structures of the running kernel.
+type kernel struct{ spec *btf.Spec }
+
+// load assembles the body of a question between a prologue that leaves out every
+// task but those we trace and the end. The body finds the task in R7 and the
+// sequence file to print to in R9, and may use everything but these.
+func load(name string, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
+	if off {
+		return nil, ErrOff
+	}
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("type information of the kernel: %w", err)
+	}
+	k := &kernel{spec}
+	begin, err := k.traced()
+	if err != nil {
+		return nil, err
+	}
+	ask, err := body(k)
+	if err != nil {
+		return nil, err
+	}
+	end := asm.Instructions{asm.Mov.Imm(asm.R0, 0).WithSymbol(endOfProgram), asm.Return()}
+	q := &Question{}
+	q.program, err = ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "task", License: "Dual MIT/GPL",
+		Instructions: append(append(begin, ask...), end...),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load a program that reads tasks: %w", err)
+	}
+	if q.iter, err = link.AttachIter(link.IterOptions{Program: q.program}); err != nil {
+		return nil, errors.Join(fmt.Errorf("attach a program to the tasks: %w", err), q.program.Close())
+	}
+	return q, nil
+}
+
+// Close frees the program.
+func (q *Question) Close() error { return errors.Join(q.iter.Close(), q.program.Close()) }
+
+// ask runs the program and hands the fields of each line that it prints to f.
+func (q *Question) ask(f func(fields [][]byte) error) error {
+	r, err := q.iter.Open()
+	if err != nil {
+		return fmt.Errorf("read tasks by BPF: %w", err)
+	}
+	defer r.Close()
+	out, err := io.ReadAll(r)
+	if err != nil {
+		return fmt.Errorf("read tasks by BPF: %w", err)
+	}
+	for line := range bytes.Lines(out) {
+		if err := f(bytes.Fields(line)); err != nil {
+			return fmt.Errorf("read tasks by BPF: %q: %w", line, err)
+		}
+	}
+	return nil
+}
+
+const endOfProgram = "end"
+
+// traced is the prologue. The iterator's context holds where to print to and the
+// task, which is nil at the end. Who reads is told by the pid that BPF itself
+// uses, as ours may be another in a pid namespace.
+func (k *kernel) traced() (asm.Instructions, error) {
+	ptrace, err := k.offset("task_struct", "ptrace")
+	if err != nil {
+		return nil, err
+	}
+	parent, err := k.offset("task_struct", "parent")
+	if err != nil {
+		return nil, err
+	}
+	tgid, err := k.offset("task_struct", "tgid")
+	if err != nil {
+		return nil, err
+	}
+	return asm.Instructions{
+		asm.LoadMem(asm.R7, asm.R1, 8, asm.DWord),
+		asm.JEq.Imm(asm.R7, 0, endOfProgram),
+		asm.LoadMem(asm.R2, asm.R7, int16(ptrace), asm.Word),
+		asm.JEq.Imm(asm.R2, 0, endOfProgram),
+		asm.LoadMem(asm.R9, asm.R1, 0, asm.DWord), // meta
+		asm.LoadMem(asm.R9, asm.R9, 0, asm.DWord), // meta->seq
+		asm.LoadMem(asm.R2, asm.R7, int16(parent), asm.DWord),
+		asm.LoadMem(asm.R8, asm.R2, int16(tgid), asm.Word),
+		asm.FnGetCurrentPidTgid.Call(),
+		asm.RSh.Imm(asm.R0, 32),
+		asm.JNE.Reg(asm.R0, asm.R8, endOfProgram),
+	}, nil
+}
+
+// offset finds a member of a structure, through structures without a name.
+func (k *kernel) offset(name string, path ...string) (int32, error) {
+	var s *btf.Struct
+	if err := k.spec.TypeByName(name, &s); err != nil {
+		return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
+	}
+	at, t := int32(0), btf.Type(s)
+	for _, want := range path {
+		m, off, ok := member(t, want)
+		if !ok {
+			return 0, fmt.Errorf("structure %s of this kernel has no %v", name, path)
+		}
+		at, t = at+off, m
+	}
+	return at, nil
+}
+
+func member(t btf.Type, name string) (btf.Type, int32, bool) {
+	var members []btf.Member
+	switch t := btf.UnderlyingType(t).(type) {
+	case *btf.Struct:
+		members = t.Members
+	case *btf.Union:
+		members = t.Members
+	}
+	for _, m := range members {
+		if m.Name == name {
+			return m.Type, int32(m.Offset.Bytes()), true
+		}
+		if m.Name == "" {
+			if t, off, ok := member(m.Type, name); ok {
+				return t, int32(m.Offset.Bytes()) + off, true
+			}
+		}
+	}
+	return nil, 0, false
+}
+
+// print prints n words at R10+data by a format, whose text goes on the stack
+// below them.
+func print(format string, data int16, n int) asm.Instructions {
+	text := append([]byte(format), 0)
+	for len(text)%8 != 0 {
+		text = append(text, 0)
+	}
+	at := data - int16(len(text))
+	var ins asm.Instructions
+	for i := 0; i < len(text); i += 8 {
+		var v uint64
+		for j := range 8 {
+			v |= uint64(text[i+j]) << (8 * j)
+		}
+		ins = append(ins, asm.LoadImm(asm.R1, int64(v), asm.DWord), asm.StoreMem(asm.RFP, at+int16(i), asm.R1, asm.DWord))
+	}
+	return append(ins,
+		asm.Mov.Reg(asm.R1, asm.R9),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, int32(at)),
+		asm.Mov.Imm(asm.R3, int32(len(format)+1)),
+		asm.Mov.Reg(asm.R4, asm.RFP), asm.Add.Imm(asm.R4, int32(data)),
+		asm.Mov.Imm(asm.R5, int32(8*n)),
+		asm.FnSeqPrintf.Call(),
+	)
+}

@@ -1,0 +1,94 @@
+package bpf
+
+import (
+	"os/exec"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/runtime/tracee"
+)
+
+func TestRestartBlocks(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	q, err := RestartBlocks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	const length = 1000 * time.Second
+	started := monotonic()
+	pid := asleep(t, "sleep", "1000")
+	if blocks, err := q.RestartBlocks(); err != nil || len(blocks) != 0 {
+		t.Errorf("nobody is traced: %v, %v", blocks, err)
+	}
+	th, err := tracee.Seize(pid, pid, tracee.LiveOptions)
+	if err == nil {
+		err = th.Interrupt()
+	}
+	if err == nil {
+		err = th.WaitInterrupt(time.Second)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopped := monotonic()
+	blocks, err := q.RestartBlocks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, ok := blocks[pid]
+	if !ok || len(blocks) != 1 {
+		t.Fatalf("blocks of %v, want one of %d", blocks, pid)
+	}
+	if b.Fn != "hrtimer_nanosleep_restart" || b.Nanosleep.Clock != unix.CLOCK_MONOTONIC {
+		t.Errorf("restart block %+v", b)
+	}
+	if e := time.Duration(b.Nanosleep.Expires); e < started+length || e > stopped+length+time.Millisecond {
+		t.Errorf("the sleep ends at %v, want between %v and %v", e, started+length, stopped+length)
+	}
+}
+
+func monotonic() time.Duration {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return time.Duration(ts.Nano())
+}
+
+// asleep starts a program and waits until it sleeps.
+func asleep(t *testing.T, args ...string) int {
+	t.Helper()
+	c := exec.Command(args[0], args[1:]...)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	time.Sleep(100 * time.Millisecond)
+	return c.Process.Pid
+}
+
+func BenchmarkLoad(b *testing.B) {
+	for b.Loop() {
+		q, err := RestartBlocks()
+		if err != nil {
+			b.Fatal(err)
+		}
+		_ = q.Close()
+	}
+}
+
+func BenchmarkAsk(b *testing.B) {
+	q, err := RestartBlocks()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer q.Close()
+	for b.Loop() {
+		if _, err := q.RestartBlocks(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
