@@ -40,6 +40,9 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 	case a.Offset+a.Size() < a.Offset:
 		return fmt.Errorf("offset %#x is too large", a.Offset)
 	}
+	if err := checkPolicy(a.Policy); err != nil {
+		return err
+	}
 	switch a.Kind {
 	case AreaFile:
 		return need[File](b, a.File, "open file")

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -18,6 +19,13 @@ const (
 	maxAffinity = 8 << 10
 	maxFilter   = 4096 * 8 // BPF_MAXINSNS instructions of sock_filter
 	maxFilters  = 4096
+
+	userDescSize = 16   // sizeof(struct user_desc)
+	maxLDT       = 8192 // LDT_ENTRIES
+	firstTLS     = 12   // GDT_ENTRY_TLS_MIN
+	maxTLS       = 3    // GDT_ENTRY_TLS_ENTRIES
+	maxNodes     = 128  // bytes of a mask of memory nodes
+	maxUtil      = 1024 // SCHED_CAPACITY_SCALE
 
 	regsAMD64 = 27 * 8 // sizeof(struct user_regs_struct)
 	sigevNone = 1      // SIGEV_NONE
@@ -52,8 +60,11 @@ func (b *builder) checkTaskParts(t *Task) error {
 		return errors.New("it has too many timers")
 	case !validSignal(t.Stopped) || !validSignal(t.ExitSignal):
 		return errors.New("its exit signal or stop signal is not a signal")
+	case t.THPDisable > 3 || t.MDWE > 3 || t.Dumpable > 2:
+		return errors.New("its memory controls are not valid")
 	}
 	return first(
+		checkSegments(t.LDT, 0, maxLDT),
 		checkPending(t.Pending), checkTimers(t),
 		need[MM](b, t.MM, "address space"), need[Files](b, t.Files, "descriptor table"),
 		need[FS](b, t.FS, "file system context"), need[Sighand](b, t.Sighand, "signal actions"))
@@ -114,8 +125,46 @@ func (b *builder) checkThread(t *Thread) error {
 		return errors.New("its seccomp filters are not valid")
 	case !validSignal(t.PDeathSig):
 		return fmt.Errorf("parent death signal %d", t.PDeathSig)
+	case t.SeccompMode > 2 || (t.SeccompMode == 2) != (len(t.Seccomp) > 0):
+		return fmt.Errorf("seccomp mode %d with %d filters", t.SeccompMode, len(t.Seccomp))
+	case t.Sched.UtilMin > maxUtil || t.Sched.UtilMax > maxUtil:
+		return errors.New("its utilization clamps are not valid")
 	}
-	return first(checkComm(t.Comm), checkPending(t.Pending))
+	return first(checkComm(t.Comm), checkPending(t.Pending), checkControls(&t.Controls), checkPolicy(t.Policy))
+}
+
+func checkControls(c *Controls) error {
+	switch {
+	case c.MCEKill > 2:
+		return fmt.Errorf("machine-check policy %d", c.MCEKill)
+	case c.Dispatch != nil && (c.Dispatch.Mode < 1 || c.Dispatch.Mode > 2):
+		return fmt.Errorf("system call dispatch of mode %d", c.Dispatch.Mode)
+	}
+	return checkSegments(c.TLS, firstTLS, maxTLS)
+}
+
+// checkSegments checks the size of each struct user_desc and that each is about
+// an entry of its own. What it describes the kernel checks.
+func checkSegments(table [][]byte, first uint32, most int) error {
+	seen := map[uint32]bool{}
+	for _, d := range table {
+		if len(d) != userDescSize {
+			return fmt.Errorf("a segment of %d bytes, not %d", len(d), userDescSize)
+		}
+		entry := binary.LittleEndian.Uint32(d)
+		if entry < first || entry-first >= uint32(most) || seen[entry] {
+			return fmt.Errorf("segment %d is out of its table or stands twice", entry)
+		}
+		seen[entry] = true
+	}
+	return nil
+}
+
+func checkPolicy(p *MemPolicy) error {
+	if p != nil && len(p.Nodes) > maxNodes {
+		return fmt.Errorf("a memory policy with a mask of %d bytes", len(p.Nodes))
+	}
+	return nil
 }
 
 func validFilter(f Filter) bool {

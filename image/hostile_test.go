@@ -265,6 +265,17 @@ func TestBadObjects(t *testing.T) {
 		{"extended state of", on(func(k *Task) bool { k.Threads[0].XState = make([]byte, maxXState+1); return true })},
 		{"seccomp filters", on(func(k *Task) bool { k.Threads[0].Seccomp[0].Program = make([]byte, 9); return true })},
 		{"supplementary groups", on(func(k *Task) bool { k.Threads[0].Creds.Groups = make([]uint32, maxGroups+1); return true })},
+		{"memory controls", on(func(k *Task) bool { k.MDWE = 4; return true })},
+		{"memory controls", on(func(k *Task) bool { k.THPDisable = 4; return true })},
+		{"a segment of 15 bytes", on(func(k *Task) bool { k.LDT = [][]byte{make([]byte, 15)}; return true })},
+		{"stands twice", on(func(k *Task) bool { k.LDT = [][]byte{make([]byte, 16), make([]byte, 16)}; return true })},
+		{"out of its table", on(func(k *Task) bool { k.Threads[0].Controls.TLS = [][]byte{make([]byte, 16)}; return true })},
+		{"machine-check policy 3", on(func(k *Task) bool { k.Threads[0].Controls.MCEKill = 3; return true })},
+		{"dispatch of mode 3", on(func(k *Task) bool { k.Threads[0].Controls.Dispatch = &Dispatch{Mode: 3}; return true })},
+		{"a mask of 129 bytes", on(func(k *Task) bool { k.Threads[0].Policy = &MemPolicy{Nodes: make([]byte, 129)}; return true })},
+		{"a mask of 130 bytes", on(func(m *MM) bool { m.Areas[0].Policy = &MemPolicy{Nodes: make([]byte, 130)}; return true })},
+		{"utilization clamps", on(func(k *Task) bool { k.Threads[0].Sched.UtilMax = 1025; return true })},
+		{"seccomp mode 1 with 1 filters", on(func(k *Task) bool { k.Threads[0].SeccompMode = 1; return true })},
 		{"comm", on(func(k *Task) bool { k.Threads[0].Comm = []byte("sixteen bytes ok"); return true })},
 	} {
 		t.Run(c.want, func(t *testing.T) {

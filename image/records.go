@@ -178,10 +178,16 @@ type Task struct {
 	Subreaper   bool         `cbor:"11,keyasint,omitempty"`
 	Dumpable    uint32       `cbor:"12,keyasint"`
 	OOMScoreAdj int32        `cbor:"13,keyasint,omitempty"`
-	Personality uint32       `cbor:"14,keyasint,omitempty"`
-	THPDisable  bool         `cbor:"15,keyasint,omitempty"`
+	THPDisable  uint32       `cbor:"15,keyasint,omitempty"` // as PR_GET_THP_DISABLE tells it
 	Stopped     int32        `cbor:"16,keyasint,omitempty"` // the job-control signal that stopped it
 	Threads     []Thread     `cbor:"17,keyasint"`           // leader first
+
+	CoredumpFilter uint32   `cbor:"40,keyasint"`
+	LoginUID       uint32   `cbor:"41,keyasint"`           // all ones: none
+	MDWE           uint32   `cbor:"42,keyasint,omitempty"` // PR_GET_MDWE
+	MemoryMerge    bool     `cbor:"43,keyasint,omitempty"`
+	XFeatures      uint64   `cbor:"44,keyasint,omitempty"` // that it asked for, ARCH_REQ_XCOMP_PERM
+	LDT            [][]byte `cbor:"45,keyasint,omitempty"` // struct user_desc each
 }
 
 // Rlimit is one resource limit, RLIM_INFINITY being all ones.
@@ -231,6 +237,36 @@ type Thread struct {
 	IOPrio      int32       `cbor:"18,keyasint,omitempty"`
 	Pending     [][]byte    `cbor:"19,keyasint,omitempty"` // thread-directed queue
 	Restart     *Restart    `cbor:"20,keyasint,omitempty"`
+	Controls    Controls    `cbor:"40,keyasint"`
+	Policy      *MemPolicy  `cbor:"41,keyasint,omitempty"` // set_mempolicy(2)
+}
+
+// Controls is what prctl(2), arch_prctl(2) and ptrace(2) set for one thread
+// beside its credentials. Zero is what every program starts with.
+type Controls struct {
+	Personality uint32    `cbor:"1,keyasint,omitempty"`
+	TimerSlack  uint64    `cbor:"2,keyasint,omitempty"` // the default that PR_SET_TIMERSLACK 0 restores
+	NoTSC       bool      `cbor:"3,keyasint,omitempty"` // rdtsc raises SIGSEGV
+	NoCPUID     bool      `cbor:"4,keyasint,omitempty"` // cpuid raises SIGSEGV
+	MCEKill     uint32    `cbor:"5,keyasint,omitempty"` // 1 early, 2 late
+	IOFlusher   bool      `cbor:"6,keyasint,omitempty"`
+	Speculation [3]uint32 `cbor:"7,keyasint"` // PR_GET_SPECULATION_CTRL, 0 where the thread set nothing
+	Dispatch    *Dispatch `cbor:"8,keyasint,omitempty"`
+	TLS         [][]byte  `cbor:"9,keyasint,omitempty"` // struct user_desc of its own segments
+}
+
+// Dispatch is PR_SET_SYSCALL_USER_DISPATCH, as ptrace(2) tells it.
+type Dispatch struct {
+	Mode     uint64 `cbor:"1,keyasint"`
+	Selector uint64 `cbor:"2,keyasint,omitempty"`
+	Offset   uint64 `cbor:"3,keyasint,omitempty"`
+	Length   uint64 `cbor:"4,keyasint,omitempty"`
+}
+
+// MemPolicy says from which memory nodes pages come (set_mempolicy(2)).
+type MemPolicy struct {
+	Mode  uint32 `cbor:"1,keyasint"`           // MPOL_* and its flags
+	Nodes []byte `cbor:"2,keyasint,omitempty"` // bit mask, little endian
 }
 
 // Rseq is a registered restartable-sequence area.
@@ -276,6 +312,8 @@ type Sched struct {
 	Runtime  uint64 `cbor:"5,keyasint,omitempty"`
 	Deadline uint64 `cbor:"6,keyasint,omitempty"`
 	Period   uint64 `cbor:"7,keyasint,omitempty"`
+	UtilMin  uint32 `cbor:"8,keyasint,omitempty"` // utilization clamps; both zero: none
+	UtilMax  uint32 `cbor:"9,keyasint,omitempty"`
 }
 
 // Restart is the restart block of a call that was interrupted with
@@ -451,6 +489,8 @@ type Area struct {
 	Offset uint64   `cbor:"7,keyasint,omitempty"`
 	Name   string   `cbor:"8,keyasint,omitempty"` // as in /proc/PID/maps
 	Flags  []string `cbor:"9,keyasint,omitempty"` // VmFlags of /proc/PID/smaps that must be made again
+
+	Policy *MemPolicy `cbor:"40,keyasint,omitempty"` // mbind(2)
 }
 
 // Shmem is shared anonymous memory. Its pages follow as TypePages records of

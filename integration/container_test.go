@@ -68,6 +68,18 @@ func withNewPrivileges() option {
 	return func(_ *container, spec *specs.Spec) { spec.Process.NoNewPrivileges = false }
 }
 
+// withRealtime lets programs have real-time priorities where the kernel hands
+// out time for them by cgroup (CONFIG_RT_GROUP_SCHED).
+func withRealtime() option {
+	return func(_ *container, spec *specs.Spec) {
+		if _, err := os.Stat("/sys/fs/cgroup/cpu/cpu.rt_runtime_us"); err != nil || inCgroupV2() {
+			return
+		}
+		runtime := int64(200_000)
+		spec.Linux.Resources.CPU = &specs.LinuxCPU{RealtimeRuntime: &runtime}
+	}
+}
+
 func withVaryingThreads() option {
 	return func(c *container, _ *specs.Spec) { c.threadsVary = true }
 }

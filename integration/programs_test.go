@@ -34,6 +34,10 @@ var programs = []program{
 		withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),
 	}},
+	{name: "attributes", options: []option{
+		withArgs("/bin/attributes"), withNewPrivileges(), withRealtime(),
+		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_NICE"),
+	}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "python", options: []option{

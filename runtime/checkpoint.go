@@ -336,6 +336,7 @@ func (k *checkpoint) collectTask(p *process) error {
 	src := &task.Source{
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
+		Usual: k.c.usual, MayFlush: k.c.mayFlush, Also: p.space.AskPolicies(),
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)
 			if err != nil {
@@ -349,6 +350,9 @@ func (k *checkpoint) collectTask(p *process) error {
 		return err
 	}
 	p.hand = &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}
+	if err := p.space.Policies(p.live, p.threads[0]); err != nil {
+		return err
+	}
 	return p.space.Details(p.stat.Field, p.state.Brk)
 }
 

@@ -37,6 +37,8 @@ type container struct {
 	inodes      map[string]uint64
 	maps        task.IDMaps
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
+	usual       task.Usual
+	mayFlush    bool // its bundle gives CAP_SYS_RESOURCE
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -160,6 +162,9 @@ func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err
 	if err := checkBundle(c.spec); err != nil {
 		return fail.On("bundle "+c.record.Bundle, err)
 	}
+	if caps := c.spec.Process.Capabilities; caps != nil {
+		c.mayFlush = slices.Contains(caps.Bounding, "CAP_SYS_RESOURCE")
+	}
 	c.record.Annotations = c.spec.Annotations
 	c.record.Config, err = json.Marshal(config)
 	return err
@@ -171,6 +176,13 @@ func (c *container) readCgroups(state *libcontainer.State, _ *configs.Config) (e
 		return err
 	}
 	if c.record.Cgroups, err = cgroupsOf(c.initPid); err != nil {
+		return err
+	}
+	cpus := filepath.Join(state.CgroupPaths["cpuset"], "cpuset.effective_cpus")
+	if unified := state.CgroupPaths[""]; unified != "" && state.CgroupPaths["cpuset"] == "" {
+		cpus = filepath.Join(unified, "cpuset.cpus.effective")
+	}
+	if c.usual, err = task.NewUsual(cpus); err != nil {
 		return err
 	}
 	if c.record.Paused, err = c.cgroup.Frozen(); err != nil {

@@ -37,6 +37,7 @@ type made struct {
 	filters [][]byte
 	// identity is who the bundle's own process would be.
 	identity file.Identity
+	mayLogIn error // why its tasks may not have login uids of their own
 }
 
 // createContainer lets libcontainer make the container that the operator's
@@ -62,7 +63,7 @@ func createContainer(r *restore) (m *made, err error) {
 		return nil, fmt.Errorf("bundle %s: %w", r.Bundle, err)
 	}
 	continueClocks(config, &r.head.Container)
-	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, identity: g.identity()}
+	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, identity: g.identity(), mayLogIn: g.mayLogIn()}
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}

@@ -25,6 +25,7 @@ type grants struct {
 	groups       []uint32
 	anyID        bool // set-uid programs could have given others
 	noNewPrivs   bool
+	filtered     bool           // has seccomp filters
 	rlimits      map[int]uint64 // hard limits that the bundle sets
 	oomScoreAdj  int32
 	nice         int32 // of this process, which a container inherits
@@ -83,6 +84,17 @@ func (g *grants) checkScheduling(t *image.Thread) error {
 	return nil
 }
 
+// mayLogIn refuses login uids to containers that could not have set them
+// themselves: whoever has one may not change it without CAP_AUDIT_CONTROL
+// (audit_set_loginuid in kernel/auditsc.c).
+func (g *grants) mayLogIn() error {
+	own, err := task.LoginUID(os.Getpid())
+	if err != nil || own == task.NoLoginUID || g.capabilities&(1<<unix.CAP_AUDIT_CONTROL) != 0 {
+		return err
+	}
+	return fail.Refuse("", "the restore has one itself, and the bundle does not give CAP_AUDIT_CONTROL", "")
+}
+
 // identity is who the bundle's own process is when it opens a file. One that
 // may change its uid may as well be root.
 func (g *grants) identity() file.Identity {
@@ -96,6 +108,7 @@ func (g *grants) identity() file.Identity {
 func grantsOf(spec *specs.Spec) (*grants, error) {
 	p := spec.Process
 	g := &grants{uid: p.User.UID, gid: p.User.GID, groups: append([]uint32{p.User.GID}, p.User.AdditionalGids...), anyID: !p.NoNewPrivileges, noNewPrivs: p.NoNewPrivileges}
+	g.filtered = spec.Linux != nil && spec.Linux.Seccomp != nil
 	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
 		return nil, fail.Refuse("bundle", "AppArmor profiles and SELinux labels are not supported yet", "")
 	}
@@ -144,8 +157,14 @@ var rlimitNumbers = map[string]int{
 }
 
 func (g *grants) check(t *image.Thread) error {
+	if t.Controls.IOFlusher && g.capabilities&(1<<unix.CAP_SYS_RESOURCE) == 0 {
+		return fail.Refuse("", "it is an I/O flusher (PR_SET_IO_FLUSHER), which takes CAP_SYS_RESOURCE, and the bundle does not give it", "add it to the bundle's bounding set if it may have it")
+	}
 	if err := g.checkScheduling(t); err != nil {
 		return err
+	}
+	if t.SeccompMode == task.SeccompStrict && g.filtered {
+		return fail.Refuse("seccomp strict mode", "a thread has it instead of filters, and the bundle gives filters", "take linux.seccomp out of the bundle")
 	}
 	c := &t.Creds
 	if extra := (c.Bounding | c.Permitted | c.Effective | c.Inheritable | c.Ambient) &^ g.capabilities; extra != 0 {

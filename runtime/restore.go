@@ -251,6 +251,9 @@ func (r *restore) steps(steps []forest.Step) error {
 		switch step.Op {
 		case forest.Fork:
 			children = append(children, step.Child)
+			if t := r.head.Task(int32(step.Child)); t != nil {
+				task.SlackForChild(&b, &t.Threads[0].Controls)
+			}
 			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child))
 		case forest.Setsid:
 			b.Add(unix.SYS_SETSID)
@@ -328,11 +331,31 @@ func (r *restore) rebuild(ctx context.Context) error {
 		if err := r.filler.Stub(t.MM, r.head.MM(t.MM), s); err != nil {
 			return err
 		}
+		if err := r.logIn(t, s); err != nil {
+			return err
+		}
 		var b tracee.Batch
 		file.RestoreFS(&b, r.head.FS(t.FS))
 		_, err := s.Run(&b)
 		return err
 	})
+}
+
+// logIn gives a stub the login uid of its task, where it may have another than
+// that of the restore: who restores answers for what he does, and nothing in an
+// image may name somebody else (audit(8)).
+func (r *restore) logIn(t *image.Task, s *tracee.Stub) error {
+	now, err := task.LoginUID(s.Pid)
+	if err != nil || now == t.LoginUID {
+		return err
+	}
+	if err = r.made.mayLogIn; err == nil {
+		err = task.RestoreLoginUID(s, t.LoginUID)
+	}
+	if err != nil {
+		r.Log.Warn("login uid not restored", "pid", t.Pid, "uid", t.LoginUID, "instead", now, "error", err)
+	}
+	return nil
 }
 
 // readAhead is how many records the reader may be ahead of the writer.
@@ -426,11 +449,18 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	r.maker.CloseTable(&b)
 	task.RestoreProcess(&b, t, hand)
 	for i := range t.Threads[1:] {
+		task.SlackForChild(&b, &t.Threads[1+i].Controls)
 		task.CloneThread(&b, t.Threads[1+i].Tid)
 	}
 	cloned, err := s.Run(&b)
 	if err != nil {
+		return task.Explain(err)
+	}
+	if err := task.RestoreLDT(s, t.LDT); err != nil {
 		return err
+	}
+	if err := task.RestoreCoredumpFilter(s.Pid, t.CoredumpFilter); err != nil {
+		return fmt.Errorf("coredump filter: %w", err)
 	}
 	threads := []*tracee.Stub{s}
 	for _, tid := range cloned {
@@ -469,7 +499,7 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 	}
 	task.RestoreThreadLast(&b, t.Pid, rec)
 	if _, err := s.Run(&b); err != nil {
-		return err
+		return task.Explain(err)
 	}
 	regs, err := tracee.DecodeRegs(rec.Regs)
 	if err != nil {

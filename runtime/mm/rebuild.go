@@ -137,6 +137,7 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 		flags |= mapFlag[f]
 	}
 	b.Add(unix.SYS_MMAP, tracee.W(a.Start), tracee.W(a.End-a.Start), tracee.W(prot), tracee.W(flags), tracee.W(fd), tracee.W(a.Offset))
+	bind(b, a) // before there are pages
 	return nil
 }
 

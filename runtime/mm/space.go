@@ -51,6 +51,7 @@ type Space struct {
 	files []*object.Object // by area, nil for none
 	exe   *object.Object
 	pages []source // areas whose pages must be saved
+	bound []int    // areas with a memory policy of their own
 	Brk   uint64
 }
 

@@ -23,6 +23,12 @@ type Source struct {
 	Status  []*Status        // of each thread
 	Live    *tracee.Live
 	Maps    IDMaps
+	Usual   Usual
+	// Also are questions of other rooms: the first goes with the leader's batch.
+	Also []func(b *tracee.Batch) func()
+	// MayFlush tells that threads of the container may have been I/O flushers,
+	// which takes CAP_SYS_RESOURCE.
+	MayFlush bool
 	// InnerTid translates a host tid of the container.
 	InnerTid func(host int) int
 	// Now is CLOCK_MONOTONIC, outside, at the moment of the record of the
@@ -30,7 +36,7 @@ type Source struct {
 	Now int64
 	// Block reads a thread's restart block out of the kernel, where it can.
 	Block func(tid int) (bpf.RestartBlock, bool)
-	// Warn notes what could not be found out.
+	// Warn notes what could not be found out, or is not saved.
 	Warn func(format string, args ...any)
 }
 
@@ -40,7 +46,7 @@ type State struct {
 	Sighand *image.Sighand
 	Brk     uint64 // the end of the heap, which only the process knows
 
-	odd error
+	hasLDT func() bool
 }
 
 const statExitSignal = 38 // field of /proc/PID/stat
@@ -61,7 +67,20 @@ func (s *Source) Collect() (*State, error) {
 			return nil, err
 		}
 	}
-	return st, nil
+	return st, s.askAlso()
+}
+
+// askAlso asks the rest of other rooms' questions, if there are so many.
+func (s *Source) askAlso() error {
+	for i := 1; i < len(s.Also); i++ {
+		var b tracee.Batch
+		done := s.Also[i](&b)
+		if err := s.Live.Run(s.Threads[0], &b); err != nil {
+			return err
+		}
+		done()
+	}
+	return nil
 }
 
 // outside reads what /proc and system calls tell of the process.
@@ -78,10 +97,11 @@ func (s *Source) outside(t *image.Task) (err error) {
 	if t.OOMScoreAdj, err = OOMScoreAdj(s.Pid); err != nil {
 		return err
 	}
-	if p, err := procNumber(s.Pid, "personality", 16); err == nil {
-		t.Personality = uint32(p)
+	if t.CoredumpFilter, err = coredumpFilter(s.Pid); err != nil {
+		return err
 	}
-	return nil
+	t.LoginUID, err = LoginUID(s.Pid)
+	return err
 }
 
 func procNumber(pid int, name string, base int) (int64, error) {
@@ -102,10 +122,18 @@ func (s *Source) thread(i int, st *State) error {
 	if err := s.threadOutside(i, rec); err != nil {
 		return err
 	}
+	unsaved, err := outsideUnsaved(t, s.Status[i])
+	if err != nil {
+		return err
+	}
 	var b tracee.Batch
 	done := []func(){askThread(&b, rec)}
+	more := askUnsaved(&b)
 	if i == 0 {
 		done = append(done, askProcess(&b, st))
+		if len(s.Also) > 0 {
+			done = append(done, s.Also[0](&b))
+		}
 	}
 	if err := s.Live.Run(t, &b); err != nil {
 		return fail.On(fmt.Sprintf("thread %d", rec.Tid), err)
@@ -113,7 +141,18 @@ func (s *Source) thread(i int, st *State) error {
 	for _, f := range done {
 		f()
 	}
-	return st.odd
+	for _, what := range append(unsaved, more()...) {
+		s.Warn("%s (thread %d)", what, rec.Tid)
+	}
+	if s.MayFlush && !rec.Controls.IOFlusher {
+		if rec.Controls.IOFlusher, err = unseenFlusher(t.Tid); err != nil {
+			return err
+		}
+	}
+	if i == 0 && st.hasLDT() {
+		st.Task.LDT, err = readLDT(s.Live, t)
+	}
+	return err
 }
 
 // registers reads the cpu state.
@@ -150,6 +189,9 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	if rec.Pending, err = t.PendingSignals(false); err != nil {
 		return err
 	}
+	if err = status.foreign(); err != nil {
+		return err
+	}
 	if err = queueable(status.SigPnd | status.ShdPnd); err != nil {
 		return err
 	}
@@ -166,7 +208,10 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	if slack, err := procNumber(t.Tid, "timerslack_ns", 10); err == nil {
 		rec.TimerSlack = uint64(slack)
 	}
-	return scheduling(t.Tid, rec)
+	if err := outsideControls(t, &rec.Controls); err != nil {
+		return err
+	}
+	return scheduling(t.Tid, rec, &s.Usual)
 }
 
 // askThread adds what only the thread itself can tell.
@@ -177,7 +222,12 @@ func askThread(b *tracee.Batch, rec *image.Thread) func() {
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_PDEATHSIG), death)
 	secure := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_SECUREBITS))
 	stack := askAltStack(b)
+	controls, policy := askControls(b, rec.TimerSlack), AskPolicy(b, 0)
 	return func() {
+		outside := rec.Controls
+		rec.Controls = controls()
+		rec.Controls.Dispatch, rec.Controls.TLS = outside.Dispatch, outside.TLS
+		rec.Policy = policy()
 		rec.TidAddress = binary.LittleEndian.Uint64(b.At(tid, 8))
 		rec.PDeathSig = int32(binary.LittleEndian.Uint32(b.At(death, 4)))
 		rec.Creds.Securebits = uint32(b.Calls[secure].Ret)
@@ -192,16 +242,15 @@ func askProcess(b *tracee.Batch, st *State) func() {
 	reaper := b.Reserve(8)
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_CHILD_SUBREAPER), reaper)
 	dumpable := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_DUMPABLE))
-	thp := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_THP_DISABLE))
 	brk := b.Add(unix.SYS_BRK, tracee.W(0))
-	odd := askOdd(b)
+	controls := askProcessControls(b, st.Task)
+	st.hasLDT = askLDT(b)
 	return func() {
-		st.odd = odd()
+		controls()
 		st.Sighand, st.Task.ITimers = actions(), intervals()
 		timers()
 		st.Task.Subreaper = binary.LittleEndian.Uint32(b.At(reaper, 4)) != 0
 		st.Task.Dumpable = uint32(b.Calls[dumpable].Ret)
-		st.Task.THPDisable = b.Calls[thp].Ret != 0
 		st.Brk = uint64(b.Calls[brk].Ret)
 	}
 }

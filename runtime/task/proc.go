@@ -41,6 +41,8 @@ type Status struct {
 
 	NoNewPrivs bool
 	Seccomp    uint32
+	Features   string // x86_Thread_features: shadow stacks
+	UntagMask  uint64 // of addresses; all ones without tags
 }
 
 // ReadStatus reads a thread's status. A thread that is gone gives an error
@@ -113,6 +115,10 @@ func (s *Status) set(key, value string) {
 		s.NoNewPrivs = value == "1"
 	case "Seccomp":
 		s.Seccomp = uint32(num())
+	case "x86_Thread_features":
+		s.Features = value
+	case "untag_mask":
+		s.UntagMask, _ = strconv.ParseUint(value, 0, 64)
 	}
 }
 

@@ -2,6 +2,7 @@ package task
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -10,12 +11,45 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // dumpableByKernel is SUID_DUMP_ROOT: only the kernel sets it, when credentials
 // change; prctl(2) refuses it.
 const dumpableByKernel = 2
+
+// explained are calls of a restore that fail for what the host or the kernel
+// is, with what they set.
+var explained = map[uintptr]string{
+	unix.SYS_SCHED_SETATTR: "scheduling policy", unix.SYS_IOPRIO_SET: "I/O priority", unix.SYS_SET_MEMPOLICY: "memory policy",
+	unix.SYS_MBIND: "memory policy", unix.SYS_ARCH_PRCTL: "processor feature", unix.SYS_SECCOMP: "seccomp filter",
+	unix.SYS_SETRLIMIT: "resource limit", unix.SYS_TIMER_CREATE: "timer", unix.SYS_RSEQ: "restartable sequence",
+}
+
+// explainedControls are the same by the option of prctl(2).
+var explainedControls = map[uint64]string{
+	unix.PR_SET_IO_FLUSHER: "I/O flusher (PR_SET_IO_FLUSHER)", unix.PR_SET_SPECULATION_CTRL: "speculation control (PR_SET_SPECULATION_CTRL)",
+	unix.PR_MCE_KILL: "machine-check policy (PR_MCE_KILL)", unix.PR_SET_TSC: "time-stamp counter (PR_SET_TSC)",
+	prSetMDWE: "memory-deny-write-execute (PR_SET_MDWE)", prSetMemoryMerge: "memory merging (PR_SET_MEMORY_MERGE)",
+	unix.PR_SET_THP_DISABLE: "huge pages (PR_SET_THP_DISABLE)", unix.PR_SET_SECUREBITS: "securebits", unix.PR_SET_SECCOMP: "seccomp strict mode",
+}
+
+// Explain names what a batch of a restore could not set.
+func Explain(err error) error {
+	var call *tracee.CallError
+	if !errors.As(err, &call) {
+		return err
+	}
+	what := explained[call.Nr]
+	if call.Nr == unix.SYS_PRCTL {
+		what = explainedControls[call.Args[0]]
+	}
+	if what == "" {
+		return err
+	}
+	return fail.On(what, fmt.Errorf("this kernel or processor does not take it: %w", err))
+}
 
 // RestoreProcess adds the calls that give a stub what its process owns, but
 // for what must wait: limits, timers and pending signals.
@@ -24,12 +58,7 @@ func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
 	if t.Subreaper {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_CHILD_SUBREAPER), tracee.W(1))
 	}
-	if t.THPDisable {
-		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_THP_DISABLE), tracee.W(1))
-	}
-	if t.Personality != 0 {
-		b.Add(unix.SYS_PERSONALITY, tracee.W(t.Personality))
-	}
+	restoreProcessControls(b, t)
 }
 
 // RestoreThread adds the calls that give a stub what its thread owns. Memory
@@ -46,11 +75,13 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, full uint64, installed [][]
 		b.Add(unix.SYS_RSEQ, tracee.W(r.Addr), tracee.W(r.Size), tracee.W(0), tracee.W(r.Sig))
 	}
 	restoreAltStack(b, t.AltStack)
+	restoreControls(b, &t.Controls)
+	restorePolicy(b, t.Policy)
 	restoreScheduling(b, t)
 	if t.TimerSlack != 0 {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_TIMERSLACK), tracee.W(t.TimerSlack))
 	}
-	restoreSeccomp(b, t.Seccomp, installed)
+	restoreSeccomp(b, t, installed)
 	restoreCredentials(b, &t.Creds, full)
 	if t.PDeathSig != 0 { // a change of credentials clears it
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_PDEATHSIG), tracee.W(t.PDeathSig))
@@ -63,6 +94,7 @@ func RestoreLast(b *tracee.Batch, t *image.Task) {
 	if t.Dumpable != dumpableByKernel {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(t.Dumpable))
 	}
+	restoreMDWE(b, t)
 	restoreTimers(b, t.Timers)
 	restorePending(b, t.Pid, t.Pid, t.Pending, true)
 	restoreITimers(b, t.ITimers)
@@ -92,6 +124,11 @@ func RestoreTrap(s *tracee.Stub, h *image.Sighand) error {
 // RestoreRegisters gives a stub's thread its cpu state and signal mask, with
 // which it is to be released.
 func RestoreRegisters(s *tracee.Stub, t *image.Thread, r tracee.Regs) error {
+	// The segments that the registers select, and the dispatch of system calls
+	// once no more are made for the stub.
+	if err := restoreTraced(s, &t.Controls); err != nil {
+		return err
+	}
 	if err := s.SetRegs(r); err != nil {
 		return err
 	}

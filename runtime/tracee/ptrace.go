@@ -28,6 +28,7 @@ const (
 	ptraceSeccompGetMetadata = 0x420d
 	ptraceGetRseqConfig      = 0x420f
 
+	ptraceSetSyscallUserDispatch = 0x4210
 	ptraceGetSyscallUserDispatch = 0x4211
 
 	optSuspendSeccomp = 1 << 21 // PTRACE_O_SUSPEND_SECCOMP

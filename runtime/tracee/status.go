@@ -124,27 +124,40 @@ func reportSignal(st status, mask uint64, halted bool) unix.Signal {
 	return 0
 }
 
-// checkDispatch refuses a thread whose system calls raise SIGSYS at present
-// (prctl(2) PR_SET_SYSCALL_USER_DISPATCH, as Wine uses it). Linux before 6.4
-// cannot say.
-func (t *Thread) checkDispatch() error {
-	var c struct{ mode, selector, offset, length uint64 }
-	_, err := ptrace(ptraceGetSyscallUserDispatch, t.Tid, unsafe.Sizeof(c), uintptr(unsafe.Pointer(&c)))
-	if errors.Is(err, ErrGone) {
-		return err
+// Dispatch is how a thread has its system calls raise SIGSYS (prctl(2)
+// PR_SET_SYSCALL_USER_DISPATCH, as emulators use it): struct ptrace_sud_config.
+type Dispatch struct{ Mode, Selector, Offset, Length uint64 }
+
+// Dispatch reads it; Linux before 6.4 cannot say.
+func (t *Thread) Dispatch() (d Dispatch, err error) {
+	_, err = ptrace(ptraceGetSyscallUserDispatch, t.Tid, unsafe.Sizeof(d), uintptr(unsafe.Pointer(&d)))
+	if errors.Is(err, unix.EIO) || errors.Is(err, unix.EINVAL) {
+		err = nil
 	}
-	if err != nil || c.mode == 0 {
-		return nil
+	return d, err
+}
+
+// SetDispatch writes it.
+func (t *Thread) SetDispatch(d Dispatch) error {
+	_, err := ptrace(ptraceSetSyscallUserDispatch, t.Tid, unsafe.Sizeof(d), uintptr(unsafe.Pointer(&d)))
+	return err
+}
+
+// checkDispatch refuses a thread whose system calls raise SIGSYS at present.
+func (t *Thread) checkDispatch() error {
+	d, err := t.Dispatch()
+	if err != nil || d.Mode == 0 {
+		return err
 	}
 	const allow = 0 // SYSCALL_DISPATCH_FILTER_ALLOW
 	selector := [1]byte{allow + 1}
-	if c.selector != 0 {
-		if err := t.Read(c.selector, selector[:]); err != nil {
+	if d.Selector != 0 {
+		if err := t.Read(d.Selector, selector[:]); err != nil {
 			return err
 		}
 	}
 	if selector[0] != allow {
-		return &RefusedError{t.Tid, "it dispatches system calls to itself (PR_SET_SYSCALL_USER_DISPATCH)"}
+		return &RefusedError{t.Tid, "it dispatches system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) and runs what it emulates; try again in a moment"}
 	}
 	return nil
 }
