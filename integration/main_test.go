@@ -116,6 +116,10 @@ func buildPrograms(bin string) error {
 			return err
 		}
 	}
+	if err := run("gcc", "-m32", "-O2", "-nostdlib", "-static", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector",
+		"-o", filepath.Join(bin, "thirtytwo"), "testdata/nolibc/thirtytwo.c"); err != nil {
+		return err
+	}
 	return run("cp", "testdata/programs/tree.sh", "testdata/programs/threads.py", bin)
 }
 

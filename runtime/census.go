@@ -119,14 +119,15 @@ func (c *container) visit(pid int) (*process, error) {
 
 // admit refuses processes that cannot be saved for what they are.
 func (c *container) admit(p *process) error {
+	if err := admitThreads(p); err != nil {
+		return err
+	}
 	s := p.status[0]
 	switch {
 	case s.State == 'Z':
 		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
 	case s.State == 'T', c.record.Paused && task.JobStopped(p.pid):
 		return fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint")
-	case s.TracerPid != 0 && s.TracerPid != unix.Gettid():
-		return fail.Refuse("", fmt.Sprintf("it is being traced by process %d", s.TracerPid), "detach the debugger")
 	case len(s.NSpid) != c.pidDepth:
 		return fail.Refuse("", "it lives in a pid namespace of its own; nested pid namespaces are not supported yet", "")
 	}

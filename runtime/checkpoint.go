@@ -266,7 +266,7 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
-	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkThreads, n.files.Fits} {
+	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkThreads, n.checkNarrow, n.files.Fits} {
 		if err := check(); err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
 func bundle(uid uint32, noNewPrivs bool, caps ...string) *specs.Spec {
@@ -64,6 +65,29 @@ func TestGrants(t *testing.T) {
 		case c.refused == "" && err != nil:
 			t.Errorf("%s: %v", name, err)
 		case c.refused != "" && (!errors.As(err, &refused) || !strings.Contains(err.Error(), c.refused) || !strings.Contains(err.Error(), "thread 2")):
+			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
+		}
+	}
+}
+
+func TestGrantsOfControls(t *testing.T) {
+	filtered := bundle(33, false, "CAP_SYS_RESOURCE")
+	filtered.Linux = &specs.Linux{Seccomp: &specs.LinuxSeccomp{}}
+	for name, c := range map[string]struct {
+		spec    *specs.Spec
+		thread  image.Thread
+		refused string
+	}{
+		"an I/O flusher":                    {bundle(33, false), image.Thread{Controls: image.Controls{IOFlusher: true}}, "CAP_SYS_RESOURCE"},
+		"an I/O flusher that may be":        {bundle(33, false, "CAP_SYS_RESOURCE"), image.Thread{Controls: image.Controls{IOFlusher: true}}, ""},
+		"strict mode":                       {bundle(33, false), image.Thread{SeccompMode: task.SeccompStrict}, ""},
+		"strict mode instead of the filter": {filtered, image.Thread{SeccompMode: task.SeccompStrict}, "strict mode"},
+	} {
+		g, err := grantsOf(c.spec)
+		must(t, err)
+		c.thread.Creds = image.Credentials{UID: [4]uint32{33, 33, 33, 33}, GID: [4]uint32{33, 33, 33, 33}}
+		err = g.check(&c.thread)
+		if (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
 			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
 		}
 	}

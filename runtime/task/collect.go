@@ -2,6 +2,7 @@ package task
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -85,7 +86,7 @@ func (s *Source) askAlso() error {
 
 // outside reads what /proc and system calls tell of the process.
 func (s *Source) outside(t *image.Task) (err error) {
-	if t.Rlimits, err = resourceLimits(s.Pid); err != nil {
+	if t.Rlimits, err = Limits(s.Pid); err != nil {
 		return err
 	}
 	if t.Timers, err = posixTimers(s.Pid, s.InnerTid); err != nil {
@@ -136,7 +137,7 @@ func (s *Source) thread(i int, st *State) error {
 		}
 	}
 	if err := s.Live.Run(t, &b); err != nil {
-		return fail.On(fmt.Sprintf("thread %d", rec.Tid), err)
+		return fail.On(fmt.Sprintf("thread %d", rec.Tid), noRoom(err))
 	}
 	for _, f := range done {
 		f()
@@ -153,6 +154,18 @@ func (s *Source) thread(i int, st *State) error {
 		st.Task.LDT, err = readLDT(s.Live, t)
 	}
 	return err
+}
+
+// noRoom says what to do for a thread that has no memory left for its batch.
+func noRoom(err error) error {
+	var none *tracee.NoRoomError
+	if !errors.As(err, &none) {
+		return err
+	}
+	return &fail.Error{
+		Cause:  fmt.Errorf("no room for the %d bytes that its system calls take (RLIMIT_AS, RLIMIT_DATA, RLIMIT_MEMLOCK with mlockall, or vm.max_map_count): %w", none.Size, err),
+		Remedy: "raise the limit for the time of the checkpoint (prlimit --pid)",
+	}
 }
 
 // registers reads the cpu state.
@@ -189,7 +202,7 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	if rec.Pending, err = t.PendingSignals(false); err != nil {
 		return err
 	}
-	if err = status.foreign(); err != nil {
+	if err = status.Foreign(); err != nil {
 		return err
 	}
 	if err = queueable(status.SigPnd | status.ShdPnd); err != nil {

@@ -249,8 +249,8 @@ func restoreMDWE(b *tracee.Batch, t *image.Task) {
 	}
 }
 
-// foreign refuses what cannot be made again, told by a thread's status.
-func (s *Status) foreign() error {
+// Foreign refuses what cannot be made again, told by a thread's status.
+func (s *Status) Foreign() error {
 	switch {
 	case s.Features != "":
 		return fail.Refuse("shadow stack ("+s.Features+")", "it is not supported", "start the program without it (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)")

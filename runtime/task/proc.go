@@ -43,6 +43,8 @@ type Status struct {
 	Seccomp    uint32
 	Features   string // x86_Thread_features: shadow stacks
 	UntagMask  uint64 // of addresses; all ones without tags
+	VMSize     uint64 // bytes that RLIMIT_AS counts
+	VMData     uint64 // and RLIMIT_DATA
 }
 
 // ReadStatus reads a thread's status. A thread that is gone gives an error
@@ -117,6 +119,14 @@ func (s *Status) set(key, value string) {
 		s.Seccomp = uint32(num())
 	case "x86_Thread_features":
 		s.Features = value
+	case "VmSize", "VmData":
+		size, _, _ := strings.Cut(value, " ")
+		kib, _ := strconv.ParseUint(size, 10, 54)
+		if key == "VmSize" {
+			s.VMSize = kib << 10
+		} else {
+			s.VMData = kib << 10
+		}
 	case "untag_mask":
 		s.UntagMask, _ = strconv.ParseUint(value, 0, 64)
 	}

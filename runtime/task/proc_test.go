@@ -86,7 +86,7 @@ func TestGone(t *testing.T) {
 		"stat":    func() error { _, err := ReadStat(pid); return err },
 		"comm":    func() error { _, err := Comm(pid); return err },
 		"threads": func() error { _, err := Threads(pid); return err },
-		"limits":  func() error { _, err := resourceLimits(pid); return err },
+		"limits":  func() error { _, err := Limits(pid); return err },
 		"timers":  func() error { _, err := posixTimers(pid, nil); return err },
 	} {
 		if err := read(); !errors.Is(err, tracee.ErrGone) {
@@ -109,7 +109,7 @@ func TestName(t *testing.T) {
 }
 
 func TestResourceLimits(t *testing.T) {
-	got, err := resourceLimits(os.Getpid())
+	got, err := Limits(os.Getpid())
 	check(t, err)
 	for i := range rlimits {
 		var want unix.Rlimit

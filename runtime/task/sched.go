@@ -156,9 +156,9 @@ var limitNames = [rlimits]string{
 	"Max msgqueue size", "Max nice priority", "Max realtime priority", "Max realtime timeout",
 }
 
-// resourceLimits reads a process's resource limits. prlimit(2) would take
+// Limits reads a process's resource limits. prlimit(2) would take
 // CAP_SYS_RESOURCE for a process of another user; the file does not.
-func resourceLimits(pid int) ([]image.Rlimit, error) {
+func Limits(pid int) ([]image.Rlimit, error) {
 	b, err := readProc(pid, "limits")
 	if err != nil {
 		return nil, err

@@ -81,6 +81,20 @@ func (e *StopError) Error() string {
 	return fmt.Sprintf("task %d: unexpected %v while it ran a batch", e.Tid, e.Stop)
 }
 
+// NoRoomError says that a thread cannot have the memory for a batch: a limit of
+// its own or the kernel's is reached. The thread has been left as it was.
+type NoRoomError struct {
+	Tid   int
+	Size  uint64
+	Errno unix.Errno
+}
+
+func (e *NoRoomError) Error() string {
+	return fmt.Sprintf("task %d: mmap of %d bytes for a batch: %v", e.Tid, e.Size, e.Errno)
+}
+
+func (e *NoRoomError) Unwrap() error { return e.Errno }
+
 // ErrBusy is wrapped when Run is asked of a thread that is Busy.
 var ErrBusy = errors.New("the task is still restoring itself from an ocickpt that died")
 
@@ -288,7 +302,7 @@ func (v *visit) mapMemory() error {
 		return err
 	}
 	if errno := -int64(v.now.Rbx); errno > 0 && errno < 4096 {
-		return fmt.Errorf("task %d: mmap of %d bytes for a batch: %w", v.Tid, v.size, unix.Errno(errno))
+		return &NoRoomError{v.Tid, v.size, unix.Errno(errno)}
 	}
 	v.page = v.now.Rbx
 	return nil

@@ -468,6 +468,28 @@ static void check_dispatcher(void)
 	need(dispatched == 500 && dispatch == 0);
 }
 
+/* A limit that leaves some room, but not much. */
+static void be_narrow(void)
+{
+	static char status[4096];
+	struct rlimit l;
+
+	slurp("/proc/self/status", status, sizeof(status));
+	l.rlim_cur = l.rlim_max =
+		(strtoul(strstr(status, "VmSize:") + 7, NULL, 10) + 128) << 10;
+	need(!setrlimit(RLIMIT_AS, &l));
+}
+
+static void check_narrow(void)
+{
+	void *p = mmap(NULL, 64 << 10, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS,
+		       -1, 0);
+
+	need(p != MAP_FAILED && !munmap(p, 64 << 10));
+	need(mmap(NULL, 192 << 10, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		  0) == MAP_FAILED);
+}
+
 static void filter(unsigned nr, unsigned result, unsigned flags)
 {
 	struct sock_filter code[] = {
@@ -570,6 +592,7 @@ static const struct role {
 	{ "local", be_local, check_local, NULL },
 	{ "segmented", be_segmented, check_segmented, NULL },
 	{ "dispatcher", be_dispatcher, check_dispatcher, NULL },
+	{ "narrow", be_narrow, check_narrow, NULL },
 	{ "filtered", be_filtered, check_filtered, NULL },
 	{ "synced", be_synced, check_synced, check_synced },
 	{ "strict", be_strict, NULL, check_strict },

@@ -1,0 +1,62 @@
+package integration
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// TestOdd holds state of tasks and threads that no checkpoint takes. Each is
+// refused by name, most before the container is stopped, and it goes on.
+func TestOdd(t *testing.T) {
+	for _, odd := range []struct {
+		name  string
+		args  []string
+		words []string
+	}{
+		{"traced", []string{"/bin/odd", "tracer"}, []string{"survey:", "traced by task 1 ", "odd"}},
+		{"traced thread", []string{"/bin/odd", "thread-tracer"}, []string{"survey:", "thread ", "traced by task 1 "}},
+		{"traced by its parent", []string{"/bin/odd", "traceme"}, []string{"survey:", "traced by task 1 "}},
+		{"seccomp listener", []string{"/bin/odd", "listened"}, []string{"task 1 ", "seccomp filter 0", "listener"}},
+		{"no room left", []string{"/bin/odd", "full"}, []string{"survey:", "task 1 ", "RLIMIT_AS", "prlimit"}},
+		{"32-bit", []string{"sh", "-c", "thirtytwo & exec odd nothing"}, []string{"survey:", "thirtytwo", "32-bit"}},
+	} {
+		t.Run(odd.name, func(t *testing.T) {
+			c := newContainer(t, withReport("odd"), withArgs(odd.args...), withNewPrivileges()).run()
+			c.progress(5)
+			c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, odd.words...)
+			c.mustBe(specs.StateRunning)
+			c.progress(5)
+		})
+	}
+}
+
+// TestWarned holds state that belongs to the machine: the checkpoint says that
+// the image lacks it.
+func TestWarned(t *testing.T) {
+	for _, odd := range []struct {
+		name  string
+		words []string
+	}{
+		{"keeper", []string{"process keyring", "session keyring", "1 keys"}},
+		{"watched", []string{"debug registers"}},
+	} {
+		t.Run(odd.name, func(t *testing.T) {
+			c := newContainer(t, withReport("odd"), withArgs("/bin/odd", odd.name)).run()
+			c.progress(5)
+			said := c.checkpoint().stderr
+			for _, word := range odd.words {
+				if !strings.Contains(said, word) {
+					t.Errorf("the checkpoint does not mention %q: %s", word, said)
+				}
+			}
+			c.mustBeGone()
+			c.restore()
+			c.progress(5)
+			if again := c.checkpoint("--leave-running").stderr; again != "" {
+				t.Errorf("the restored container still has what the image lacks: %s", again)
+			}
+		})
+	}
+}
