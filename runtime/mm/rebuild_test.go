@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,6 +19,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 func TestMain(m *testing.M) {
@@ -126,7 +126,7 @@ func TestScanAndRebuild(t *testing.T) {
 	space.complete()
 	hole, err := Hole(space.Record)
 	must(t, err)
-	s := newStub(t, hole)
+	s := traceetest.Stub(t, hole)
 	files.open(t, s)
 	must(t, Rebuild(s, space.Record, files))
 	st := newStream(t, withoutFiles(space.Record.Areas), &image.Shmem{})
@@ -262,35 +262,4 @@ func start(t *testing.T, c *exec.Cmd) {
 		}
 	}
 	t.Fatalf("%v does not sleep", c.Args)
-}
-
-// newStub starts a stub with its service area at hole.
-func newStub(t *testing.T, hole uint64) *tracee.Stub {
-	t.Helper()
-	service, err := tracee.NewService()
-	must(t, err)
-	t.Cleanup(func() { must(t, service.Close()) })
-	exe, err := tracee.StubExecutable()
-	must(t, err)
-	defer exe.Close()
-	c := exec.Command("sh", "-c", "read go; exec /proc/self/fd/3")
-	c.ExtraFiles = []*os.File{exe, service.File()}
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	in, err := c.StdinPipe()
-	must(t, err)
-	start(t, c)
-	th, err := tracee.Seize(c.Process.Pid, c.Process.Pid, tracee.LiveOptions|unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACEEXEC)
-	must(t, err)
-	_, err = in.Write([]byte{'\n'})
-	must(t, err)
-	must(t, th.WaitExec())
-	must(t, th.SetOptions(tracee.StubOptions))
-	s, err := tracee.NewStub(th, service)
-	must(t, err)
-	must(t, s.AttachService(4, hole))
-	var b tracee.Batch
-	b.Add(unix.SYS_CLOSE, tracee.W(3))
-	_, err = s.Run(&b)
-	must(t, err)
-	return s
 }

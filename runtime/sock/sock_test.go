@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -19,6 +16,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 func TestMain(m *testing.M) {
@@ -243,7 +241,7 @@ func TestRoundTrip(t *testing.T) {
 // remake opens a socket in a stub and takes it over.
 func remake(t *testing.T, s *image.Socket) *os.File {
 	t.Helper()
-	stub := newStub(t)
+	stub := traceetest.Stub(t, traceetest.ServiceAt)
 	var b, finish tracee.Batch
 	i, err := Open(&b, s)
 	must(t, err)
@@ -261,35 +259,6 @@ func remake(t *testing.T, s *image.Socket) *os.File {
 	f := os.NewFile(uintptr(ours), "remade")
 	t.Cleanup(func() { _ = f.Close() })
 	return f
-}
-
-func newStub(t *testing.T) *tracee.Stub {
-	t.Helper()
-	runtime.LockOSThread()
-	t.Cleanup(runtime.UnlockOSThread)
-	service, err := tracee.NewService()
-	must(t, err)
-	t.Cleanup(func() { must(t, service.Close()) })
-	exe, err := tracee.StubExecutable()
-	must(t, err)
-	defer exe.Close()
-	c := exec.Command("sh", "-c", "read go; exec /proc/self/fd/3")
-	c.ExtraFiles = []*os.File{exe, service.File()}
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	in, err := c.StdinPipe()
-	must(t, err)
-	must(t, c.Start())
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	th, err := tracee.Seize(c.Process.Pid, c.Process.Pid, tracee.LiveOptions|unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACEEXEC)
-	must(t, err)
-	_, err = in.Write([]byte{'\n'})
-	must(t, err)
-	must(t, th.WaitExec())
-	must(t, th.SetOptions(tracee.StubOptions))
-	s, err := tracee.NewStub(th, service)
-	must(t, err)
-	must(t, s.AttachService(4, 0x200000000))
-	return s
 }
 
 // answer is a sock_diag message with attributes behind it.

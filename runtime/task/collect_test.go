@@ -16,6 +16,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 func TestPair(t *testing.T) {
@@ -149,7 +150,7 @@ func TestCollect(t *testing.T) {
 func TestRestoreOwn(t *testing.T) {
 	want := collectChild(t)
 	leader := &want.Task.Threads[0]
-	s := newStub(t)
+	s := traceetest.Stub(t, traceetest.ServiceAt)
 	full, err := Capabilities(s.Pid)
 	check(t, err)
 	leader.Rseq, leader.Tid, want.Task.Pid = nil, 1, 1    // its memory is not there
@@ -233,7 +234,7 @@ func TestSeccompChain(t *testing.T) {
 			t.Errorf("%d filters installed: %d more, want %d", len(c.installed), len(b.Calls), c.calls)
 		}
 	}
-	s := newStub(t)
+	s := traceetest.Stub(t, traceetest.ServiceAt)
 	var b tracee.Batch
 	restoreSeccomp(&b, &image.Thread{SeccompMode: seccompFilter, Seccomp: chain}, nil)
 	if _, err := s.Run(&b); err != nil {

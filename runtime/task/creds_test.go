@@ -8,6 +8,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 func TestIDMaps(t *testing.T) {
@@ -98,7 +99,7 @@ func TestCredentials(t *testing.T) {
 		"locked secure": {Permitted: few, Effective: few, Bounding: few, Securebits: 0x2f},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newStub(t)
+			s := traceetest.Stub(t, traceetest.ServiceAt)
 			var b tracee.Batch
 			restoreCredentials(&b, &want, full)
 			secure := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_SECUREBITS))

@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -199,33 +198,4 @@ func stop(t *testing.T, pid, tid int) *tracee.Thread {
 	check(t, th.Interrupt())
 	check(t, th.WaitInterrupt(5*time.Second))
 	return th
-}
-
-// newStub starts a stub, pid 1 of a pid namespace of its own.
-func newStub(t *testing.T) *tracee.Stub {
-	t.Helper()
-	lock(t)
-	service, err := tracee.NewService()
-	check(t, err)
-	t.Cleanup(func() { _ = service.Close() })
-	exe, err := tracee.StubExecutable()
-	check(t, err)
-	defer exe.Close()
-	c := exec.Command("sh", "-c", "read go; exec /proc/self/fd/3")
-	c.ExtraFiles = []*os.File{exe, service.File()}
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	in, err := c.StdinPipe()
-	check(t, err)
-	check(t, c.Start())
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	th, err := tracee.Seize(c.Process.Pid, c.Process.Pid, tracee.LiveOptions|unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACEEXEC)
-	check(t, err)
-	_, err = in.Write([]byte{'\n'})
-	check(t, err)
-	check(t, th.WaitExec())
-	check(t, th.SetOptions(tracee.StubOptions))
-	s, err := tracee.NewStub(th, service)
-	check(t, err)
-	check(t, s.AttachService(4, 0x200000000))
-	return s
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 // restartTwice stops a thread in its call and again in the restart of it, when
@@ -170,7 +171,7 @@ func TestRestartFrom(t *testing.T) {
 // A restored thread gets its restart block back, or the result of a call that
 // need not wait any more.
 func TestRestoreRestart(t *testing.T) {
-	s := newStub(t)
+	s := traceetest.Stub(t, traceetest.ServiceAt)
 	idle, ready := s.Service()+tracee.ServiceSize/2, s.Service()+tracee.ServiceSize/2+8
 	pollfd := func(fd byte) []byte { return []byte{fd, 0, 0, 0, byte(unix.POLLIN), 0, 0, 0} }
 	check(t, s.Write(idle, pollfd(0)))  // the shell's standard input, whose writer lives
