@@ -56,8 +56,11 @@ func restore(c *cli.Context) error {
 			}
 		}
 	}
-	// A signal that comes after the release is the container's.
+	// A signal that no step has heeded by the release is the container's.
 	signals := make(chan os.Signal, 64)
+	if !c.Bool("detach") {
+		signal.Notify(signals, forwarded()...)
+	}
 	r, err := runtime.Restore(c.Context, o)
 	if err != nil {
 		return err
@@ -66,7 +69,6 @@ func restore(c *cli.Context) error {
 	if c.Bool("detach") {
 		return nil
 	}
-	signal.Notify(signals)
 	return foreground(r, signals)
 }
 
@@ -75,9 +77,7 @@ func restore(c *cli.Context) error {
 func foreground(r *runtime.Restored, signals <-chan os.Signal) error {
 	go func() {
 		for s := range signals {
-			if s != unix.SIGCHLD && s != unix.SIGURG {
-				_ = r.Signal(s)
-			}
+			_ = r.Signal(s)
 		}
 	}()
 	state, err := r.Wait()
@@ -92,6 +92,18 @@ func foreground(r *runtime.Restored, signals <-chan os.Signal) error {
 		return exitStatus(128 + int(status.Signal()))
 	}
 	return exitStatus(status.ExitStatus())
+}
+
+// forwarded lists all signals but those that are about ourselves: SIGCHLD, and
+// SIGURG, which the Go runtime sends to its own threads.
+func forwarded() (all []os.Signal) {
+	const last = 64
+	for s := syscall.Signal(1); s <= last; s++ {
+		if s != unix.SIGCHLD && s != unix.SIGURG {
+			all = append(all, s)
+		}
+	}
+	return all
 }
 
 // imageIn opens the image to restore from.
