@@ -41,8 +41,8 @@ func (t *table) String() string {
 	}
 	return text + fmt.Sprintf(`In the same turns dd bs=1M writes to a new file of the same file system:
 %s. The last two columns say at which share of the dd of its
-turn ocickpt writes and reads an image: its size by the time of all phases of the checkpoint,
-up to the commit, and of the restore but for "create the container". Neither dd
+turn ocickpt writes and reads an image: its size by the time of the phases that
+write it (from its first byte until it has its name) and that read it. Neither dd
 nor these phases sync; the columns of checkpoint and restore are wall time from
 start to exit, the checkpoint's with its fsync.
 `, strings.Join(t.rates, ", "))
