@@ -10,6 +10,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
+	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 // What the kernel makes of a struct user_desc is read back as the same.
@@ -29,7 +30,7 @@ func TestUserDesc(t *testing.T) {
 		}
 		want = append(want, b)
 	}
-	s := newStub(t)
+	s := traceetest.Stub(t, traceetest.ServiceAt)
 	check(t, RestoreLDT(s, want))
 	var b tracee.Batch
 	at := b.Reserve(ldtEntries * descriptorSize)
