@@ -9,7 +9,7 @@ import (
 
 const benchRaw = 1 << 20
 
-var benchRuns = []Run{{0x100000, 100, false}, {0x200000, 156, false}}
+var benchRuns = []Run{{Addr: 0x100000, Count: 100}, {Addr: 0x200000, Count: 156}}
 
 // benchHead begins an image with one address space that has room for
 // everything and returns its reference.

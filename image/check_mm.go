@@ -6,7 +6,14 @@ import (
 	"sort"
 )
 
-const maxAuxv = 8 << 10 // AT_VECTOR_SIZE is a few hundred bytes
+const (
+	maxAuxv     = 8 << 10 // AT_VECTOR_SIZE is a few hundred bytes
+	maxHugePage = 1 << 34 // the largest of any architecture
+
+	// Flags of mlockall(2).
+	lockFuture  = 2
+	lockOnFault = 4
+)
 
 func (b *builder) checkMM(m *MM) error {
 	if len(m.Auxv) > maxAuxv {
@@ -14,6 +21,11 @@ func (b *builder) checkMM(m *MM) error {
 	}
 	if err := need[File](b, m.Exe, "open file"); err != nil {
 		return fmt.Errorf("its executable: %w", err)
+	}
+	switch m.LockFuture {
+	case 0, lockFuture, lockFuture | lockOnFault:
+	default:
+		return fmt.Errorf("flags %#x of mlockall are not known to this program", m.LockFuture)
 	}
 	var end uint64
 	for i := range m.Areas {
@@ -40,7 +52,7 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 	case a.Offset+a.Size() < a.Offset:
 		return fmt.Errorf("offset %#x is too large", a.Offset)
 	}
-	if err := checkPolicy(a.Policy); err != nil {
+	if err := first(checkPolicy(a.Policy), b.checkHugePages(a)); err != nil {
 		return err
 	}
 	switch a.Kind {
@@ -55,6 +67,27 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 		return nil
 	}
 	return fmt.Errorf("kind %s is not known to this program", quote(a.Kind))
+}
+
+// checkHugePages checks that an area has huge pages where what lies behind it
+// does, and consists of whole ones.
+func (b *builder) checkHugePages(a *Area) error {
+	if s := object[Shmem](&b.Head, a.File); a.Kind == AreaShmem && s != nil && s.HugePage != a.HugePage {
+		return fmt.Errorf("pages of %d bytes over memory with pages of %d", a.HugePage, s.HugePage)
+	}
+	switch size := a.HugePage; {
+	case size == 0:
+		return nil
+	case a.Kind != AreaShmem && (a.Kind != AreaAnon || a.Shared):
+		return fmt.Errorf("huge pages in an area of kind %s", quote(a.Kind))
+	case !hugePage(size) || (a.Start|a.End|a.Offset)%size != 0:
+		return fmt.Errorf("it does not consist of huge pages of %d bytes", size)
+	}
+	return nil
+}
+
+func hugePage(size uint64) bool {
+	return size > PageSize && size <= maxHugePage && size&(size-1) == 0
 }
 
 // Size returns the area's length in bytes.
@@ -86,6 +119,12 @@ func checkShmem(s *Shmem) error {
 	if s.Size > 1<<62 { // loff_t, with room to round up
 		return fmt.Errorf("shared memory of %d bytes", s.Size)
 	}
+	if s.HugePage != 0 && (!hugePage(s.HugePage) || s.Size%s.HugePage != 0) {
+		return fmt.Errorf("%d bytes do not consist of huge pages of %d", s.Size, s.HugePage)
+	}
+	if s.Path != "" && (s.Memfd || s.HugePage != 0) {
+		return errors.New("a memfd or huge pages with a path")
+	}
 	return nil
 }
 
@@ -110,7 +149,10 @@ func (b *builder) pages(ref Ref, runs []Run, raw uint64) error {
 		if err := b.inside(ref, r.Addr, end); err != nil {
 			return err
 		}
-		if !r.Zero {
+		if r.Guard && (r.Zero || object[MM](&b.Head, ref) == nil) {
+			return fmt.Errorf("run of %d guard pages at %#x outside an address space, or of zeros", r.Count, r.Addr)
+		}
+		if r.Stored() {
 			stored += end - r.Addr
 		}
 		prev = end

@@ -241,6 +241,19 @@ func TestBadObjects(t *testing.T) {
 		{"a pipe of 4 bytes holds 5", on(func(p *Pipe) bool { p.Capacity = 4; return true })},
 		{"action for signal 65", on(func(s *Sighand) bool { s.Actions[0].Signal = 65; return true })},
 		{"shared memory of", on(func(s *Shmem) bool { s.Size = 1 << 63; return true })},
+		{"do not consist of huge pages", on(func(s *Shmem) bool { s.HugePage = 2 << 20; return true })},
+		{"do not consist of huge pages", on(func(s *Shmem) bool { s.Size, s.HugePage = 3<<20, 3<<20; return true })},
+		{"with a path", on(func(s *Shmem) bool { s.Path = "/dev/shm/x"; return true })},
+		{"flags 0x1 of mlockall", on(func(m *MM) bool { m.LockFuture = 1; return true })},
+		{"huge pages in an area of kind", on(func(m *MM) bool { m.Areas[0].HugePage = 2 << 20; return true })},
+		{"does not consist of huge pages", on(func(m *MM) bool {
+			m.Areas[0].Kind, m.Areas[0].File, m.Areas[0].HugePage = AreaAnon, 0, 1<<30
+			return true
+		})},
+		{"over memory with pages of 0", on(func(m *MM) bool {
+			m.Areas[0] = Area{Start: 0x400000, End: 0x600000, Kind: AreaShmem, File: refShmem, HugePage: 2 << 20}
+			return true
+		})},
 		{"its executable", on(func(m *MM) bool { m.Exe = refShmem; return true })},
 		{"not aligned", on(func(m *MM) bool { m.Areas[0].Start++; return true })},
 		{"it is empty", on(func(m *MM) bool { m.Areas[0].End = m.Areas[0].Start; return true })},
@@ -381,24 +394,32 @@ func TestBadBeginning(t *testing.T) {
 
 func TestBadContents(t *testing.T) {
 	for want, write := range map[string]func(f *forge) error{
-		"names no address space": func(f *forge) error { return f.bulk(TypePages, refPipe, Pages{[]Run{{0, 1, false}}}, page(1, 1)) },
+		"names no address space": func(f *forge) error { return f.bulk(TypePages, refPipe, Pages{[]Run{{Addr: 0, Count: 1}}}, page(1, 1)) },
 		"names no pipe or file":  func(f *forge) error { return f.bulk(TypeBytes, refMMInit, Bytes{}, page(1, 1)) },
 		"reference 99":           func(f *forge) error { return f.bulk(TypeBytes, 99, Bytes{}, page(1, 1)) },
 		"outside the areas": func(f *forge) error {
-			return f.bulk(TypePages, refMMChild, Pages{[]Run{{areaHeap + 0x3000, 2, true}}}, nil)
+			return f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap + 0x3000, Count: 2, Zero: true}}}, nil)
 		},
 		"outside shared memory": func(f *forge) error {
-			return f.bulk(TypePages, refShmem, Pages{[]Run{{0x1000, 2, true}}}, nil)
+			return f.bulk(TypePages, refShmem, Pages{[]Run{{Addr: 0x1000, Count: 2, Zero: true}}}, nil)
 		},
-		"is not aligned": func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap + 1, 1, true}}}, nil) },
+		"guard pages at 0x0 outside": func(f *forge) error {
+			return f.bulk(TypePages, refShmem, Pages{[]Run{{Count: 1, Guard: true}}}, nil)
+		},
+		"outside an address space, or of zeros": func(f *forge) error {
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap, Count: 1, Guard: true, Zero: true}}}, nil)
+		},
+		"is not aligned": func(f *forge) error {
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap + 1, Count: 1, Zero: true}}}, nil)
+		},
 		"empty or out of order": func(f *forge) error {
-			return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap, 2, true}, {areaHeap, 1, true}}}, nil)
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap, Count: 2, Zero: true}, {Addr: areaHeap, Count: 1, Zero: true}}}, nil)
 		},
 		"run of 1 pages at 0xfffffffffffff000": func(f *forge) error {
-			return f.bulk(TypePages, refShmem, Pages{[]Run{{^uint64(0xfff), 1, true}}}, nil)
+			return f.bulk(TypePages, refShmem, Pages{[]Run{{Addr: ^uint64(0xfff), Count: 1, Zero: true}}}, nil)
 		},
 		"runs need 4096 raw bytes, it has 8192": func(f *forge) error {
-			return f.bulk(TypePages, refMMInit, Pages{[]Run{{areaHeap, 1, false}}}, page(1, 2))
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap, Count: 1}}}, page(1, 2))
 		},
 		"0 runs":              func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{}, nil) },
 		"4097 runs":           func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{make([]Run, 4097)}, nil) },

@@ -468,6 +468,8 @@ type MM struct {
 	Layout [11]uint64 `cbor:"2,keyasint"` // struct prctl_mm_map, start_code to env_end
 	Auxv   []byte     `cbor:"3,keyasint"`
 	Exe    Ref        `cbor:"4,keyasint"`
+	// LockFuture holds MCL_FUTURE and MCL_ONFAULT where mlockall(2) has set them.
+	LockFuture uint32 `cbor:"5,keyasint,omitempty"`
 }
 
 // The kinds of area.
@@ -489,6 +491,8 @@ type Area struct {
 	Offset uint64   `cbor:"7,keyasint,omitempty"`
 	Name   string   `cbor:"8,keyasint,omitempty"` // as in /proc/PID/maps
 	Flags  []string `cbor:"9,keyasint,omitempty"` // VmFlags of /proc/PID/smaps that must be made again
+	// HugePage is the size of its pages where they are hugetlb's, else 0.
+	HugePage uint64 `cbor:"10,keyasint,omitempty"`
 
 	Policy *MemPolicy `cbor:"40,keyasint,omitempty"` // mbind(2)
 }
@@ -501,6 +505,11 @@ type Shmem struct {
 	Memfd bool   `cbor:"3,keyasint,omitempty"`
 	Seals uint32 `cbor:"4,keyasint,omitempty"`
 	Mode  uint32 `cbor:"5,keyasint,omitempty"`
+	// HugePage is the size of its pages where they are hugetlb's, else 0.
+	HugePage uint64 `cbor:"6,keyasint,omitempty"`
+	// Path is set for a file of a tmpfs in the container that was removed and
+	// lives on as shared memory.
+	Path string `cbor:"7,keyasint,omitempty"`
 }
 
 // Pages heads a TypePages record: the runs whose pages follow raw, in order.
@@ -509,12 +518,17 @@ type Pages struct {
 }
 
 // Run is a stretch of pages. Zero runs have no bytes in the stream: they read
-// as zero but must be present, because a file lies under them.
+// as zero but must be present, because a file lies under them. Neither have
+// Guard runs, which nobody may touch (MADV_GUARD_INSTALL of madvise(2)).
 type Run struct {
 	Addr  uint64 `cbor:"1,keyasint"`
 	Count uint32 `cbor:"2,keyasint"` // pages
 	Zero  bool   `cbor:"3,keyasint,omitempty"`
+	Guard bool   `cbor:"4,keyasint,omitempty"`
 }
+
+// Stored reports a run whose pages stand in the stream.
+func (r Run) Stored() bool { return !r.Zero && !r.Guard }
 
 // Bytes heads a TypeBytes record: where in the object its raw bytes begin.
 type Bytes struct {

@@ -138,10 +138,10 @@ func page(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*PageSize) }
 // sampleContents are the bulk records of the sample, in order.
 func sampleContents() []Content {
 	return []Content{
-		{Type: TypePages, Ref: refMMInit, Runs: []Run{{areaHeap, 1, false}, {areaHeap + 0x1000, 1, true}, {areaHeap + 0x2000, 1, false}}, Raw: page('a', 2)},
-		{Type: TypePages, Ref: refMMInit, Runs: []Run{{0x401000, 1, true}}},
-		{Type: TypePages, Ref: refMMChild, Runs: []Run{{areaHeap, 4, false}}, Raw: page('b', 4)},
-		{Type: TypePages, Ref: refShmem, Runs: []Run{{0x1000, 1, false}}, Raw: page('c', 1)},
+		{Type: TypePages, Ref: refMMInit, Runs: []Run{{Addr: areaHeap, Count: 1}, {Addr: areaHeap + 0x1000, Count: 1, Zero: true}, {Addr: areaHeap + 0x2000, Count: 1}, {Addr: areaHeap + 0x3000, Count: 1, Guard: true}}, Raw: page('a', 2)},
+		{Type: TypePages, Ref: refMMInit, Runs: []Run{{Addr: 0x401000, Count: 1, Zero: true}}},
+		{Type: TypePages, Ref: refMMChild, Runs: []Run{{Addr: areaHeap, Count: 4}}, Raw: page('b', 4)},
+		{Type: TypePages, Ref: refShmem, Runs: []Run{{Addr: 0x1000, Count: 1}}, Raw: page('c', 1)},
 		{Type: TypeBytes, Ref: refPipe, Raw: []byte("hello")},
 		{Type: TypeBytes, Ref: refLog, Offset: 4000, Raw: page('d', 1)},
 	}

@@ -202,7 +202,7 @@ func TestErrorRecord(t *testing.T) {
 		"after contents": func(w *Writer) { writeHead(t, w); check(t, writeContent(w, sampleContents()[0])) },
 		"after a refusal": func(w *Writer) {
 			writeHead(t, w)
-			if w.Pages(refPipe, []Run{{0, 1, false}}, page(0, 1), Checksum(page(0, 1))) == nil {
+			if w.Pages(refPipe, []Run{{Addr: 0, Count: 1}}, page(0, 1), Checksum(page(0, 1))) == nil {
 				t.Error("pages of a pipe were written")
 			}
 		},

@@ -164,7 +164,7 @@ func (s storage) add(h *Head, c *Content) {
 	}
 	mm := h.MM(c.Ref)
 	for _, run := range c.Runs {
-		if run.Zero {
+		if !run.Stored() {
 			continue
 		}
 		end, _ := run.end()

@@ -83,7 +83,7 @@ func (w *Writer) metadata(t Type, ref Ref, v any) error {
 }
 
 // Pages writes the pages of an address space or of shared memory. raw holds
-// the pages of the runs that are not Zero, in order, and is not kept; sum is
+// the pages of the Stored runs, in order, and is not kept; sum is
 // its Checksum.
 func (w *Writer) Pages(ref Ref, runs []Run, raw []byte, sum uint32) error {
 	if err := w.content(TypePages, ref, len(raw)); err != nil {

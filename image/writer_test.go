@@ -10,18 +10,22 @@ import (
 // nothing of it and goes on.
 func TestWriterRefuses(t *testing.T) {
 	for name, write := range map[string]func(w *Writer) error{
-		"out of order":        func(w *Writer) error { return w.Record(TypeTree, 0, sampleTree()) },
-		"unresolved ref":      func(w *Writer) error { return w.Record(TypeFile, 90, File{Kind: KindPipe, Pipe: 80}) },
-		"wrong structure":     func(w *Writer) error { return w.Record(TypeFile, 90, Pipe{}) },
-		"nil":                 func(w *Writer) error { return w.Record(TypeFile, 90, nil) },
-		"nil pointer":         func(w *Writer) error { return w.Record(TypeFile, 90, (*File)(nil)) },
-		"bulk as metadata":    func(w *Writer) error { return w.Record(TypePages, refMMInit, Pages{}) },
-		"unknown type":        func(w *Writer) error { return w.Record(777, 90, File{}) },
-		"trailer":             func(w *Writer) error { return w.Record(TypeTrailer, 0, Trailer{}) },
-		"error":               func(w *Writer) error { return w.Record(TypeError, 0, Error{}) },
-		"ref used":            func(w *Writer) error { return w.Record(TypePipe, refPipe, Pipe{}) },
-		"pages outside":       func(w *Writer) error { return w.Pages(refMMInit, []Run{{0, 1, true}}, nil, Checksum(nil)) },
-		"pages without raw":   func(w *Writer) error { return w.Pages(refMMInit, []Run{{areaHeap, 1, false}}, nil, Checksum(nil)) },
+		"out of order":     func(w *Writer) error { return w.Record(TypeTree, 0, sampleTree()) },
+		"unresolved ref":   func(w *Writer) error { return w.Record(TypeFile, 90, File{Kind: KindPipe, Pipe: 80}) },
+		"wrong structure":  func(w *Writer) error { return w.Record(TypeFile, 90, Pipe{}) },
+		"nil":              func(w *Writer) error { return w.Record(TypeFile, 90, nil) },
+		"nil pointer":      func(w *Writer) error { return w.Record(TypeFile, 90, (*File)(nil)) },
+		"bulk as metadata": func(w *Writer) error { return w.Record(TypePages, refMMInit, Pages{}) },
+		"unknown type":     func(w *Writer) error { return w.Record(777, 90, File{}) },
+		"trailer":          func(w *Writer) error { return w.Record(TypeTrailer, 0, Trailer{}) },
+		"error":            func(w *Writer) error { return w.Record(TypeError, 0, Error{}) },
+		"ref used":         func(w *Writer) error { return w.Record(TypePipe, refPipe, Pipe{}) },
+		"pages outside": func(w *Writer) error {
+			return w.Pages(refMMInit, []Run{{Addr: 0, Count: 1, Zero: true}}, nil, Checksum(nil))
+		},
+		"pages without raw": func(w *Writer) error {
+			return w.Pages(refMMInit, []Run{{Addr: areaHeap, Count: 1}}, nil, Checksum(nil))
+		},
 		"too much raw":        func(w *Writer) error { return w.Bytes(refLog, 0, make([]byte, MaxRaw+1)) },
 		"bytes outside":       func(w *Writer) error { return w.Bytes(refPipe, 0, []byte("hello!")) },
 		"incomplete contents": func(w *Writer) error { return w.Close() },

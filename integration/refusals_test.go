@@ -108,6 +108,17 @@ func TestUnsupported(t *testing.T) {
 		c.mustBe(specs.StateRunning)
 		c.progress(10)
 	})
+	for object, word := range map[string]string{
+		"secret": "memfd_secret", "uffd": "userfaultfd", "aio": "io_setup",
+	} {
+		t.Run(object, func(t *testing.T) {
+			c := newContainer(t, withReport("unsupported"), withArgs("/bin/unsupported", object)).run()
+			c.progress(3)
+			c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "survey", word)
+			c.mustBe(specs.StateRunning)
+			c.progress(3)
+		})
+	}
 }
 
 // TestRefusedRestore offers restore what it must not take. Nothing may be left

@@ -349,6 +349,16 @@ func (k *checkpoint) collectTask(p *process) error {
 	if p.state, err = src.Collect(); err != nil {
 		return err
 	}
+	for i := range p.state.Task.Threads {
+		if err := mm.CheckKeys(p.state.Task.Threads[i].XState); err != nil {
+			return err
+		}
+	}
+	if p.state.LockFuture {
+		if err := p.space.LockFuture(func(b *tracee.Batch) error { return p.live.Run(p.threads[0], b) }); err != nil {
+			return err
+		}
+	}
 	p.hand = &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}
 	if err := p.space.Policies(p.live, p.threads[0]); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
@@ -34,7 +35,11 @@ type grants struct {
 // checkImage refuses an image that claims more than the bundle gives.
 func (g *grants) checkImage(head *image.Head) error {
 	for _, t := range head.Tasks {
-		if err := g.checkTask(t); err != nil {
+		err := g.checkTask(t)
+		if err == nil {
+			err = g.checkLocked(head.MM(t.MM))
+		}
+		if err != nil {
 			return fail.In(fmt.Sprintf("task %d", t.Pid), err)
 		}
 		for i := range t.Threads {
@@ -50,13 +55,9 @@ func (g *grants) checkImage(head *image.Head) error {
 // container would inherit from us.
 func (g *grants) checkTask(t *image.Task) error {
 	for i, l := range t.Rlimits {
-		allowed, set := g.rlimits[i]
-		if !set {
-			var own unix.Rlimit
-			if err := unix.Getrlimit(i, &own); err != nil {
-				return fmt.Errorf("getrlimit: %w", err)
-			}
-			allowed = own.Max
+		allowed, err := g.hardLimit(i)
+		if err != nil {
+			return err
 		}
 		if l.Max > allowed && g.capabilities&(1<<unix.CAP_SYS_RESOURCE) == 0 {
 			return fail.Refuse(fmt.Sprintf("resource limit %d", i), fmt.Sprintf("its hard limit is %d and the container may have %d", l.Max, allowed), "raise it in the bundle (process.rlimits) or here (ulimit -H)")
@@ -66,6 +67,31 @@ func (g *grants) checkTask(t *image.Task) error {
 		return fail.Refuse("", fmt.Sprintf("its oom_score_adj %d is below the container's %d", t.OOMScoreAdj, g.oomScoreAdj), "lower it in the bundle (process.oomScoreAdj)")
 	}
 	return nil
+}
+
+// hardLimit is what the bundle sets, or what a container inherits from us.
+func (g *grants) hardLimit(resource int) (uint64, error) {
+	if set, ok := g.rlimits[resource]; ok {
+		return set, nil
+	}
+	var own unix.Rlimit
+	if err := unix.Getrlimit(resource, &own); err != nil {
+		return 0, fmt.Errorf("getrlimit: %w", err)
+	}
+	return own.Max, nil
+}
+
+// checkLocked refuses more locked memory than the container's programs could
+// lock themselves (mlock(2)).
+func (g *grants) checkLocked(m *image.MM) error {
+	if m == nil || g.capabilities&(1<<unix.CAP_IPC_LOCK) != 0 {
+		return nil
+	}
+	allowed, err := g.hardLimit(unix.RLIMIT_MEMLOCK)
+	if n := mm.Locked(m); err == nil && n > allowed {
+		return fail.Refuse("locked memory", fmt.Sprintf("%d bytes are locked and the container may lock %d", n, allowed), "raise RLIMIT_MEMLOCK in the bundle (process.rlimits), or give it CAP_IPC_LOCK")
+	}
+	return err
 }
 
 // checkScheduling refuses priorities that take CAP_SYS_NICE.

@@ -93,6 +93,24 @@ func TestGrantsOfControls(t *testing.T) {
 	}
 }
 
+func TestGrantsOfLockedMemory(t *testing.T) {
+	const size = 1 << 40
+	locked := &image.MM{Areas: []image.Area{{Start: 0, End: size, Kind: image.AreaAnon, Flags: []string{"lo"}}}}
+	for name, c := range map[string]struct {
+		caps  []string
+		limit uint64
+		ok    bool
+	}{"by limit": {nil, size, true}, "by capability": {[]string{"CAP_IPC_LOCK"}, 0, true}, "neither": {nil, size - 1, false}} {
+		spec := bundle(0, false, c.caps...)
+		spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_MEMLOCK", Hard: c.limit}}
+		g, err := grantsOf(spec)
+		must(t, err)
+		if err := g.checkLocked(locked); (err == nil) != c.ok {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestGrantsOfBundle(t *testing.T) {
 	if _, err := grantsOf(bundle(0, false, "CAP_FLY")); err == nil {
 		t.Error("an unknown capability was taken")

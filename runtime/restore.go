@@ -184,8 +184,8 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	for ref, o := range r.head.Objects {
-		if _, ok := o.(*image.Shmem); ok {
-			f, err := r.maker.Segment(ref)
+		if rec, ok := o.(*image.Shmem); ok {
+			f, err := r.maker.Segment(ref, rec)
 			if err != nil {
 				return err
 			}
@@ -445,7 +445,10 @@ func (r *restore) finish(ctx context.Context) error {
 func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	hand := r.head.Sighand(t.Sighand)
 	var b tracee.Batch
-	mm.Protect(&b, r.head.MM(t.MM))
+	space := r.head.MM(t.MM)
+	if err := r.filler.Protect(s, &b, t.MM, space); err != nil {
+		return err
+	}
 	r.maker.CloseTable(&b)
 	task.RestoreProcess(&b, t, hand)
 	for i := range t.Threads[1:] {
@@ -453,6 +456,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		task.CloneThread(&b, t.Threads[1+i].Tid)
 	}
 	cloned, err := s.Run(&b)
+	if err == nil {
+		err = mm.CheckLocked(s.Pid, space)
+	}
 	if err != nil {
 		return task.Explain(err)
 	}

@@ -126,15 +126,17 @@ func (d *Description) forward() error {
 	return nil
 }
 
-// shmem is a memfd that is open (memfd_create(2)).
+// shmem is a memfd that is open (memfd_create(2)), or a file that was removed
+// from a tmpfs (shm_unlink(3)): the same to the kernel but for its name.
 var shmem = kind{
 	name: image.KindShmem,
-	is: func(_ *Set, one *seen) bool {
-		return strings.HasPrefix(one.link, "/memfd:") && strings.HasSuffix(one.link, deletedSuffix)
+	is: func(s *Set, one *seen) bool {
+		path, deleted := strings.CutSuffix(one.link, deletedSuffix)
+		return deleted && (strings.HasPrefix(path, "/memfd:") || s.Removed(path, one.path()))
 	},
 	read: func(s *Set, d *Description) (err error) {
 		d.Record.Kind = image.KindShmem
-		if d.segment, err = s.Shared.Memfd(&d.seen.stat, d.seen.path(), d.seen.link); err != nil {
+		if d.segment, err = s.Shared.Open(&d.seen.stat, d.seen.path(), d.seen.link); err != nil {
 			return err
 		}
 		d.Complete = func() { d.Record.Pipe = d.segment.Ref }

@@ -37,6 +37,7 @@ type Maker struct {
 	socket   int
 	pipes    map[image.Ref]*madePipe
 	segments map[image.Ref]int
+	readonly map[image.Ref]int // of segments, where they are mapped so
 	taken    map[image.Ref]bool
 	late     map[image.Ref]*os.File
 }
@@ -60,7 +61,7 @@ const (
 func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *Maker {
 	m := &Maker{
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
-		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{},
+		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
 	}
 	m.base = SocketFD + 1
@@ -205,14 +206,14 @@ func (m *Maker) buffers() error {
 			object = "pipe " + o.Path
 			err = m.makePipe(ref, o)
 		case *image.Shmem:
-			object = "shared memory " + o.Name
+			object = "shared memory " + o.Name + o.Path
 			err = m.makeShmem(ref, o)
 		}
 		if err != nil {
 			return fail.On(object, err)
 		}
 	}
-	return nil
+	return m.openReadonly()
 }
 
 func (m *Maker) makePipe(ref image.Ref, p *image.Pipe) error {
@@ -251,8 +252,23 @@ const shmemAt = 0x200000000000
 
 func (m *Maker) makeShmem(ref image.Ref, rec *image.Shmem) error {
 	var b tracee.Batch
+	if rec.Path != "" {
+		m.become(&b, m.bundle)
+	}
 	i := mm.CreateShmem(&b, rec, shmemAt)
+	if rec.Path != "" {
+		b.Add(unix.SYS_UNLINK, b.String(rec.Path))
+		m.become(&b, m.self)
+	}
 	if _, err := m.stub.Run(&b); err != nil {
+		if e := m.restoreSelf(); e != nil {
+			return errors.Join(err, e)
+		}
+		if rec.Path != "" && errors.Is(err, unix.EEXIST) { // the name was taken again: it only shows in /proc
+			other := *rec
+			other.Path += "~"
+			return m.makeShmem(ref, &other)
+		}
 		return err
 	}
 	if i < 0 {
@@ -263,11 +279,62 @@ func (m *Maker) makeShmem(ref image.Ref, rec *image.Shmem) error {
 		return err
 	}
 	m.segments[ref] = up[0]
+	if rec.Path != "" {
+		if err := m.onTmpfs(up[0]); err != nil {
+			return err
+		}
+	}
 	var size tracee.Batch
 	size.Add(unix.SYS_FTRUNCATE, tracee.W(up[0]), tracee.W(rec.Size))
 	size.Add(unix.SYS_FCHMOD, tracee.W(up[0]), tracee.W(rec.Mode))
 	_, err = m.stub.Run(&size)
 	return err
+}
+
+// onTmpfs makes sure that a file of the image, removed as soon as it was made,
+// takes memory of the container and no room on a disk.
+func (m *Maker) onTmpfs(fd int) error {
+	f, err := m.stub.Take(fd)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return fmt.Errorf("fstatfs: %w", err)
+	}
+	if fs.Type != unix.TMPFS_MAGIC {
+		return fail.Refuse("", "its directory is not on a tmpfs as it was at the checkpoint", "mount one there (mounts of the bundle)")
+	}
+	return nil
+}
+
+// openReadonly opens segments once more where areas map them without the right
+// to make them writable: it comes from how the file is open, and only without
+// it can a memfd be sealed while it is mapped (F_ADD_SEALS of fcntl(2)).
+func (m *Maker) openReadonly() error {
+	for _, ref := range sortedRefs(m.head) {
+		space, ok := m.head.Objects[ref].(*image.MM)
+		if !ok {
+			continue
+		}
+		for _, segment := range mm.ReadonlySegments(space) {
+			if _, done := m.readonly[segment]; done {
+				continue
+			}
+			var b tracee.Batch
+			i := m.reopen(&b, m.segments[segment], unix.O_RDONLY)
+			if _, err := m.stub.Run(&b); err != nil {
+				return err
+			}
+			up, err := m.moveUp([]int{int(b.Calls[i].Ret)})
+			if err != nil {
+				return err
+			}
+			m.readonly[segment] = up[0]
+		}
+	}
+	return nil
 }
 
 // adoptMapping turns memory that has no descriptor, because mmap made it, into
@@ -435,16 +502,21 @@ func (m *Maker) explain(err error, calls []int, refs []image.Ref) error {
 	return err
 }
 
-// Seal gives memfds their seals back, once they are filled (fcntl(2)).
+// Seal gives shared memory its size to the byte, which filling it by the page
+// has rounded up, and memfds their seals (fcntl(2)).
 func (m *Maker) Seal() error {
 	var b tracee.Batch
 	for _, ref := range sortedRefs(m.head) {
-		if rec, ok := m.head.Objects[ref].(*image.Shmem); ok && rec.Memfd && rec.Seals != 0 {
+		rec, ok := m.head.Objects[ref].(*image.Shmem)
+		if ok && rec.Size%mm.PageSize != 0 {
+			b.Add(unix.SYS_FTRUNCATE, tracee.W(m.segments[ref]), tracee.W(rec.Size))
+		}
+		if ok && rec.Memfd && rec.Seals != 0 {
 			b.Add(unix.SYS_FCNTL, tracee.W(m.segments[ref]), tracee.W(unix.F_ADD_SEALS), tracee.W(rec.Seals))
 		}
 	}
 	if _, err := m.stub.Run(&b); err != nil {
-		return fmt.Errorf("seals of a memfd: %w", err)
+		return fmt.Errorf("size and seals of shared memory: %w", err)
 	}
 	return nil
 }
@@ -471,10 +543,19 @@ func (m *Maker) Fill(ref image.Ref, data []byte) error {
 }
 
 // Segment opens shared memory in the coordinator, to fill it.
-func (m *Maker) Segment(ref image.Ref) (*os.File, error) { return m.stub.Take(m.segments[ref]) }
+func (m *Maker) Segment(ref image.Ref, rec *image.Shmem) (mm.Writer, error) {
+	f, err := m.stub.Take(m.segments[ref])
+	if err != nil {
+		return nil, err
+	}
+	return mm.SegmentWriter(rec, m.stub, m.segments[ref], f)
+}
 
 // SegmentFD is the number under which every stub holds shared memory ref.
-func (m *Maker) SegmentFD(ref image.Ref) (int, bool) {
+func (m *Maker) SegmentFD(ref image.Ref, write bool) (int, bool) {
+	if fd, ok := m.readonly[ref]; ok && !write {
+		return fd, true
+	}
 	fd, ok := m.segments[ref]
 	return fd, ok
 }

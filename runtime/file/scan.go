@@ -406,6 +406,21 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	return o, nil
 }
 
+// Removed reports whether link leads to a file that was removed from a tmpfs of
+// the container, where it was called path (mm.Files).
+func (s *Set) Removed(path, link string) bool {
+	var st unix.Stat_t
+	var fs unix.Statfs_t
+	if unix.Stat(link, &st) != nil || unix.Statfs(link, &fs) != nil {
+		return false
+	}
+	if fs.Type != unix.TMPFS_MAGIC || st.Nlink != 0 || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return false
+	}
+	dir, err := s.lstat(filepath.Dir(path))
+	return err == nil && dir.Dev == st.Dev
+}
+
 // FS reads where a process stands in the file system.
 func (s *Set) FS(pid int, umask uint32) (*object.Object, error) {
 	rec := &image.FS{Umask: umask}

@@ -109,7 +109,7 @@ func (f *feeder) register(a *image.Area) bool {
 	if known, ok := f.registered[a.Start]; ok {
 		return known
 	}
-	if a.Kind != image.AreaAnon || a.Shared || len(f.registered) >= maxRegistrations {
+	if a.Kind != image.AreaAnon || a.Shared || a.HugePage != 0 || len(f.registered) >= maxRegistrations {
 		return false
 	}
 	arg := uffdioRegisterArg{start: a.Start, length: a.End - a.Start, mode: registerMissing}

@@ -8,8 +8,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/ocickpt/ocickpt/runtime/fail"
 )
 
 // extent is a range of pages in memory, byte addresses.
@@ -62,25 +60,46 @@ type scanArg struct {
 // pageRegion is struct page_region.
 type pageRegion struct{ start, end, categories uint64 }
 
-// own calls yield for each run of the process's own pages in [start, end).
-func (p *pagemap) own(start, end uint64, yield func(extent) error) error {
+// found is a run of pages in one of the ranges that were asked for.
+type found struct {
+	extent
+	in    int  // index of the range
+	guard bool // not to be touched (MADV_GUARD_INSTALL of madvise(2))
+}
+
+// own calls yield for each run of the process's own pages in ranges, which
+// ascend, and for the guards among them.
+func (p *pagemap) own(ranges []extent, yield func(found) error) error {
 	if p.scan {
-		err := p.ownByScan(start, end, yield)
+		err := p.ownByScan(ranges, yield)
 		if !errors.Is(err, errNoScan) {
 			return err
 		}
 		p.scan = false
 	}
-	return p.ownByEntries(start, end, yield)
+	for i, r := range ranges {
+		if err := p.ownByEntries(r, func(f found) error { f.in = i; return yield(f) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // errNoScan says that this kernel has no PAGEMAP_SCAN.
 var errNoScan = errors.New("no PAGEMAP_SCAN")
 
-func (p *pagemap) ownByScan(start, end uint64, yield func(extent) error) error {
+// ownByScan walks all ranges, and the gaps between them, in one go: what costs
+// is the call, of which an address space of many small areas needs few.
+func (p *pagemap) ownByScan(ranges []extent, yield func(found) error) error {
+	if len(ranges) == 0 {
+		return nil
+	}
+	// No more than the kernel gathers before it copies out: given room for more,
+	// 6.18 returns a walkEnd that lies before regions it has reported.
 	regions := make([]pageRegion, 512)
 	known := uint64(pageIsGuard | pageIsPresent)
-	for start < end {
+	in := 0
+	for start, end := ranges[0].start, ranges[len(ranges)-1].end; start < end; {
 		arg := scanArg{
 			start: start, end: end,
 			vec: uint64(uintptr(unsafe.Pointer(&regions[0]))), vecLen: uint64(len(regions)),
@@ -102,10 +121,8 @@ func (p *pagemap) ownByScan(start, end uint64, yield func(extent) error) error {
 			return fmt.Errorf("PAGEMAP_SCAN: %w", errno)
 		}
 		for _, r := range regions[:n] {
-			if r.categories&pageIsGuard != 0 {
-				return fail.Refuse(fmt.Sprintf("memory at %x", r.start), "guard pages (MADV_GUARD_INSTALL) are not supported", "")
-			}
-			if err := yield(extent{r.start, r.end}); err != nil {
+			var err error
+			if in, err = within(ranges, in, r, yield); err != nil {
 				return err
 			}
 		}
@@ -114,41 +131,64 @@ func (p *pagemap) ownByScan(start, end uint64, yield func(extent) error) error {
 	return nil
 }
 
+// within yields the parts of a region that lie in ranges, the first of which
+// that can hold any has index in. It returns that index for the next region.
+func within(ranges []extent, in int, r pageRegion, yield func(found) error) (int, error) {
+	for ; in < len(ranges) && ranges[in].start < r.end; in++ {
+		part := extent{max(r.start, ranges[in].start), min(r.end, ranges[in].end)}
+		if part.start < part.end {
+			if err := yield(found{part, in, r.categories&pageIsGuard != 0}); err != nil {
+				return in, err
+			}
+		}
+		if ranges[in].end > r.end {
+			break
+		}
+	}
+	return in, nil
+}
+
 // Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 const (
 	entryPresent = 1 << 63
 	entrySwapped = 1 << 62
 	entryFile    = 1 << 61
+	entryGuard   = 1 << 58 // since 6.15
 )
 
 // ownByEntries reads the page map entry by entry. It does not tell the
 // kernel's page of zeros; the pages' contents do.
-func (p *pagemap) ownByEntries(start, end uint64, yield func(extent) error) error {
+func (p *pagemap) ownByEntries(in extent, yield func(found) error) error {
 	buf := make([]byte, 64<<10)
-	run := extent{start, start}
-	for at := start; at < end; {
-		want := min(uint64(len(buf)), (end-at)/PageSize*8)
+	run := found{extent: extent{in.start, in.start}}
+	end := func() error {
+		if run.end > run.start {
+			return yield(run)
+		}
+		return nil
+	}
+	for at := in.start; at < in.end; {
+		want := min(uint64(len(buf)), (in.end-at)/PageSize*8)
 		n, err := p.file.ReadAt(buf[:want], int64(at/PageSize*8))
 		if n < 8 {
 			return fmt.Errorf("page map at %#x: %w", at, err)
 		}
 		for i := 0; i+8 <= n; i += 8 {
 			e := binary.LittleEndian.Uint64(buf[i:])
-			if e&(entryPresent|entrySwapped) != 0 && e&entryFile == 0 {
-				run.end = at + PageSize
-			} else {
-				if run.end > run.start {
-					if err := yield(run); err != nil {
-						return err
-					}
+			own, guard := e&(entryPresent|entrySwapped) != 0 && e&entryFile == 0, e&entryGuard != 0
+			if !own || guard != run.guard {
+				if err := end(); err != nil {
+					return err
 				}
-				run = extent{at + PageSize, at + PageSize}
+				run = found{extent: extent{at, at}, guard: guard}
 			}
 			at += PageSize
+			if own {
+				run.end = at
+			} else {
+				run.start, run.end = at, at
+			}
 		}
 	}
-	if run.end > run.start {
-		return yield(run)
-	}
-	return nil
+	return end()
 }

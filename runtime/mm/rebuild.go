@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 
@@ -18,7 +19,9 @@ import (
 // Opened gives the numbers under which a stub holds what it is to map.
 type Opened interface {
 	FD(file image.Ref) (int, error)
-	SegmentFD(shmem image.Ref) (int, bool)
+	// SegmentFD is for shared memory; what is not open for writing cannot be
+	// made writable by mprotect(2) where it is mapped.
+	SegmentFD(shmem image.Ref, write bool) (int, bool)
 }
 
 const (
@@ -86,7 +89,11 @@ func mapAreas(s *tracee.Stub, areas []image.Area, files Opened) error {
 	if failed, ok := err.(*tracee.CallError); ok {
 		for i := range areas {
 			if areas[i].Start == failed.Args[0] || areas[i].Kind == image.AreaVDSO && failed.Nr == unix.SYS_ARCH_PRCTL {
-				return fail.On(describe(&areas[i]), fmt.Errorf("cannot be mapped again: %w", failed))
+				err := fmt.Errorf("cannot be mapped again: %w", failed)
+				if areas[i].HugePage != 0 && failed.Errno == unix.ENOMEM {
+					err = noHugePages(areas[i].HugePage, failed)
+				}
+				return fail.On(describe(&areas[i]), err)
 			}
 		}
 	}
@@ -103,13 +110,16 @@ func describe(a *image.Area) string {
 // kernel would account for them, and join them with neighbours.
 func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 	flags, fd, prot := uint64(unix.MAP_FIXED_NOREPLACE), ^uint64(0), uint64(a.Prot)
-	if a.Shared {
+	switch {
+	case a.Shared:
 		flags |= unix.MAP_SHARED
-	} else {
+	case has(a, droppable):
+		flags |= unix.MAP_DROPPABLE // instead of MAP_PRIVATE
+	default:
 		flags |= unix.MAP_PRIVATE
-		if opened(a) {
-			prot |= unix.PROT_WRITE | unix.PROT_READ
-		}
+	}
+	if opened(a) {
+		prot |= unix.PROT_WRITE | unix.PROT_READ
 	}
 	switch a.Kind {
 	case image.AreaVDSO:
@@ -117,7 +127,7 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 		b.Calls[len(b.Calls)-1].Tolerate = true // it returns the vdso's size
 		return nil
 	case image.AreaAnon:
-		flags |= unix.MAP_ANONYMOUS
+		flags |= unix.MAP_ANONYMOUS | hugeFlags(a.HugePage, unix.MAP_HUGETLB)
 	case image.AreaFile:
 		n, err := files.FD(a.File)
 		if err != nil {
@@ -125,7 +135,7 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 		}
 		fd = uint64(n)
 	case image.AreaShmem:
-		n, ok := files.SegmentFD(a.File)
+		n, ok := files.SegmentFD(a.File, !a.Shared || has(a, writable))
 		if !ok {
 			return fmt.Errorf("shared memory object %d is missing", a.File)
 		}
@@ -142,22 +152,20 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 }
 
 // opened reports an area that is mapped with more rights than its own at first.
+// Huge pages are never accounted for that way.
 func opened(a *image.Area) bool {
 	const both = unix.PROT_READ | unix.PROT_WRITE
-	return !a.Shared && a.Prot&both != both && slices.Contains(a.Flags, accounted)
+	return !a.Shared && a.Prot&both != both && (has(a, accounted) || a.HugePage != 0)
 }
 
-// accounted is the VmFlag VM_ACCOUNT.
-const accounted = "ac"
+// has reports a VmFlag.
+func has(a *image.Area, flag string) bool { return slices.Contains(a.Flags, flag) }
 
-// mapFlag and advice give the VmFlags of smaps back the way they came.
-var (
-	mapFlag = map[string]uint64{"gd": unix.MAP_GROWSDOWN, "nr": unix.MAP_NORESERVE}
-	advice  = map[string]int{
-		"sr": unix.MADV_SEQUENTIAL, "rr": unix.MADV_RANDOM, "dc": unix.MADV_DONTFORK, "wf": unix.MADV_WIPEONFORK,
-		"dd": unix.MADV_DONTDUMP, "hg": unix.MADV_HUGEPAGE, "nh": unix.MADV_NOHUGEPAGE, "mg": unix.MADV_MERGEABLE,
-	}
-)
+// mapFlag gives VmFlags of smaps back that mmap(2) has set.
+var mapFlag = map[string]uint64{
+	"gd": unix.MAP_GROWSDOWN, "nr": unix.MAP_NORESERVE,
+	"sf": unix.MAP_SHARED_VALIDATE | unix.MAP_SYNC, // of shared files only: the first includes MAP_SHARED
+}
 
 // layout tells the kernel where code, heap, stack and arguments lie, and what
 // /proc/PID/exe, auxv, cmdline and environ are to show (prctl(2) PR_SET_MM_MAP).
@@ -208,35 +216,20 @@ func checkVDSO(s *tracee.Stub, m *image.MM) error {
 	return nil
 }
 
-// Protect adds the calls that give areas their own protection and advice, once
-// their contents are in.
-func Protect(b *tracee.Batch, m *image.MM) {
-	for i := range m.Areas {
-		a := &m.Areas[i]
-		if a.Kind == image.AreaVDSO {
-			continue
-		}
-		at, size := tracee.W(a.Start), tracee.W(a.End-a.Start)
-		if opened(a) {
-			b.Add(unix.SYS_MPROTECT, at, size, tracee.W(a.Prot))
-		}
-		for _, f := range a.Flags {
-			if adv, ok := advice[f]; ok {
-				b.Add(unix.SYS_MADVISE, at, size, tracee.W(adv))
-			}
-			if f == "lo" {
-				b.Try(unix.SYS_MLOCK, at, size) // over the limit it faults in later
-			}
-		}
-	}
-}
-
 // Filler puts page contents into address spaces and shared memory as they come
 // in from the stream.
 type Filler struct {
 	pids    map[image.Ref]int
 	feeders map[image.Ref]*feeder
+	huge    map[image.Ref]*hugeSpace
+	guards  map[image.Ref][]extent
 	shared  map[image.Ref]Writer
+}
+
+// hugeSpace is an address space with areas of huge pages.
+type hugeSpace struct {
+	space *image.MM
+	pages map[uint64]*hugePages // by size
 }
 
 // Writer is where the pages of shared memory go.
@@ -246,7 +239,10 @@ type Writer interface {
 
 // NewFiller returns a Filler for no object yet.
 func NewFiller() *Filler {
-	return &Filler{pids: map[image.Ref]int{}, feeders: map[image.Ref]*feeder{}, shared: map[image.Ref]Writer{}}
+	return &Filler{
+		pids: map[image.Ref]int{}, feeders: map[image.Ref]*feeder{}, huge: map[image.Ref]*hugeSpace{},
+		guards: map[image.Ref][]extent{}, shared: map[image.Ref]Writer{},
+	}
 }
 
 // Space makes pages of address space ref go to process pid.
@@ -256,6 +252,14 @@ func (f *Filler) Space(ref image.Ref, pid int) { f.pids[ref] = pid }
 // fastest way that there is.
 func (f *Filler) Stub(ref image.Ref, m *image.MM, s *tracee.Stub) error {
 	f.Space(ref, s.Pid)
+	for i := range m.Areas {
+		if size := m.Areas[i].HugePage; size != 0 {
+			if f.huge[ref] == nil {
+				f.huge[ref] = &hugeSpace{m, map[uint64]*hugePages{}}
+			}
+			f.huge[ref].pages[size] = newHugePages(s, size)
+		}
+	}
 	feed, err := newFeeder(s, m)
 	if feed != nil {
 		f.feeders[ref] = feed
@@ -271,6 +275,12 @@ func (f *Filler) Close() error {
 		errs = errors.Join(errs, feed.file.Close())
 	}
 	clear(f.feeders)
+	for _, w := range f.shared {
+		if c, ok := w.(io.Closer); ok {
+			errs = errors.Join(errs, c.Close())
+		}
+	}
+	clear(f.shared)
 	return errs
 }
 
@@ -282,6 +292,10 @@ func (f *Filler) Fill(c *image.Content) error {
 	raw := c.Raw
 	for _, r := range c.Runs {
 		size := int(r.Count) * PageSize
+		if r.Guard {
+			f.guards[c.Ref] = append(f.guards[c.Ref], extent{r.Addr, r.Addr + uint64(size)})
+			continue
+		}
 		if r.Zero {
 			if err := f.zero(c.Ref, r.Addr, size); err != nil {
 				return err
@@ -336,11 +350,31 @@ func (f *Filler) some(ref image.Ref, pid int, addr uint64, b []byte) (int, error
 		}
 		b = b[:PageSize] // the next page may be another case
 	}
+	if err := f.huge[ref].need(addr, uint64(len(b))); err != nil {
+		return 0, err
+	}
 	err := tracee.WriteMemory(pid, addr, b)
 	if errors.Is(err, unix.EFAULT) {
 		err = force(pid, addr, b)
 	}
 	return len(b), err
+}
+
+// need makes the huge pages that are to be written to.
+func (h *hugeSpace) need(addr, n uint64) error {
+	for end := addr + n; h != nil && addr < end; {
+		a := h.space.Area(addr)
+		if a == nil {
+			return nil
+		}
+		if a.HugePage != 0 {
+			if err := h.pages[a.HugePage].need(addr, min(end, a.End)-addr); err != nil {
+				return err
+			}
+		}
+		addr = a.End
+	}
+	return nil
 }
 
 // force writes where the task itself may not: pages that a debugger has changed

@@ -2,6 +2,7 @@ package mm
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -77,7 +78,7 @@ func (opens) FD(file image.Ref) (int, error) {
 	return int(file), nil
 }
 
-func (opens) SegmentFD(shmem image.Ref) (int, bool) { return int(shmem), shmem != 0 }
+func (opens) SegmentFD(shmem image.Ref, _ bool) (int, bool) { return int(shmem), shmem != 0 }
 
 func TestMapArea(t *testing.T) {
 	const none, fixed = ^uint64(0), unix.MAP_FIXED_NOREPLACE
@@ -92,6 +93,9 @@ func TestMapArea(t *testing.T) {
 		"stack":              {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"gd", "ac"}}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_GROWSDOWN, none},
 		"not accounted":      {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"nr", "dd"}}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, none},
 		"shared memory":      {image.Area{Kind: image.AreaShmem, File: 6, Prot: 1, Shared: true, Flags: []string{"ac"}}, 1, fixed | unix.MAP_SHARED, 6},
+		"droppable":          {image.Area{Kind: image.AreaAnon, Prot: 3, Flags: []string{"dp", "nr"}}, 3, fixed | unix.MAP_DROPPABLE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, none},
+		"of a DAX file":      {image.Area{Kind: image.AreaFile, File: 5, Prot: 3, Shared: true, Flags: []string{"sf"}}, 3, fixed | unix.MAP_SHARED_VALIDATE | unix.MAP_SYNC, 5},
+		"huge pages":         {image.Area{Kind: image.AreaAnon, Prot: 1, HugePage: 2 << 20}, 3, fixed | unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | 21<<26, none},
 		"private view of it": {image.Area{Kind: image.AreaShmem, File: 6, Prot: 1, Flags: []string{"ac"}}, 3, fixed | unix.MAP_PRIVATE, 6},
 	} {
 		c.a.Start, c.a.End, c.a.Offset = 0x10000, 0x14000, 0x2000
@@ -108,6 +112,62 @@ func TestMapArea(t *testing.T) {
 		if err := mapArea(&tracee.Batch{}, &a, opens{}); err == nil {
 			t.Errorf("%s: mapped", name)
 		}
+	}
+}
+
+func TestProtect(t *testing.T) {
+	m := &image.MM{LockFuture: unix.MCL_FUTURE, Areas: []image.Area{
+		{Start: 0x1000, End: 0x2000, Kind: image.AreaAnon, Prot: 1, Name: "[anon:a name]", Flags: []string{accounted, "dd", locked, lockedLate, sealed}},
+		{Start: 0x2000, End: 0x3000, Kind: image.AreaVDSO},
+		{Start: 0x3000, End: 0x4000, Kind: image.AreaShmem, Prot: 3, Shared: true, Flags: []string{locked}},
+	}}
+	f := NewFiller()
+	f.guards[7] = []extent{{0x1000, 0x2000}}
+	var b tracee.Batch
+	must(t, f.Protect(nil, &b, 7, m))
+	var got []uintptr
+	for _, c := range b.Calls {
+		got = append(got, c.Nr)
+	}
+	want := []uintptr{unix.SYS_MADVISE, unix.SYS_MPROTECT, unix.SYS_MADVISE, unix.SYS_PRCTL, unix.SYS_MLOCK2, unix.SYS_MSEAL, unix.SYS_MLOCK2, unix.SYS_MLOCKALL}
+	if !slices.Equal(got, want) || b.Calls[0].Args[2] != tracee.W(unix.MADV_GUARD_INSTALL) || b.Calls[4].Args[2] != tracee.W(unix.MLOCK_ONFAULT) || b.Calls[6].Args[2] != tracee.W(0) {
+		t.Errorf("calls %v, want %v: %+v", got, want, b.Calls)
+	}
+	if n := Locked(m); n != 0x2000 {
+		t.Errorf("%#x bytes are locked", n)
+	}
+}
+
+func TestMemfdFlags(t *testing.T) {
+	for _, c := range []struct {
+		rec  image.Shmem
+		want uint64
+	}{
+		{image.Shmem{Mode: 0o777}, unix.MFD_ALLOW_SEALING | unix.MFD_EXEC},
+		{image.Shmem{Mode: 0o666, Seals: unix.F_SEAL_EXEC}, unix.MFD_ALLOW_SEALING | unix.MFD_NOEXEC_SEAL},
+		{image.Shmem{Mode: 0o777, HugePage: 2 << 20}, unix.MFD_ALLOW_SEALING | unix.MFD_EXEC | unix.MFD_HUGETLB | unix.MFD_HUGE_2MB},
+		{image.Shmem{Mode: 0o777, HugePage: 1 << 30}, unix.MFD_ALLOW_SEALING | unix.MFD_EXEC | unix.MFD_HUGETLB | unix.MFD_HUGE_1GB},
+	} {
+		if got := memfdFlags(&c.rec); got != c.want {
+			t.Errorf("%+v: flags %#x, want %#x", c.rec, got, c.want)
+		}
+	}
+}
+
+func TestCheckKeys(t *testing.T) {
+	const offset = 2688
+	xstate := make([]byte, offset+8)
+	with := func(bits uint64, pkru uint32) []byte {
+		binary.LittleEndian.PutUint64(xstate[xstateBV:], bits)
+		binary.LittleEndian.PutUint32(xstate[offset:], pkru)
+		return xstate
+	}
+	all := uint64(1 << pkruComponent)
+	if err := errors.Join(checkKeys(with(all, pkruInitial), offset), checkKeys(with(0, 0), offset), checkKeys(with(all, 0), 0), checkKeys(nil, offset), CheckKeys(nil)); err != nil {
+		t.Error(err)
+	}
+	if err := checkKeys(with(all, pkruInitial&^0xc), offset); err == nil {
+		t.Error("a key that was allocated is not noticed")
 	}
 }
 
@@ -137,7 +197,7 @@ func TestScanAndRebuild(t *testing.T) {
 	f.Space(st.mm, s.Pid)
 	st.fill(t, f)
 	var b tracee.Batch
-	Protect(&b, space.Record)
+	must(t, f.Protect(s, &b, st.mm, space.Record))
 	if _, err := s.Run(&b); err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +240,9 @@ func (p *program) FD(file image.Ref) (int, error) {
 	return fd, nil
 }
 
-func (p *program) SegmentFD(image.Ref) (int, bool) { return 0, false }
+func (p *program) Removed(string, string) bool { return false }
+
+func (p *program) SegmentFD(image.Ref, bool) (int, bool) { return 0, false }
 
 // withoutFiles makes areas that a stream without their files can hold.
 func withoutFiles(areas []image.Area) []image.Area {

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -136,12 +138,27 @@ func (s *Saver) keep(at uint64, b []byte, keepZero bool) {
 func (s *Saver) run(addr uint64, zero bool) {
 	if n := len(s.runs); n > 0 {
 		last := &s.runs[n-1]
-		if last.Zero == zero && last.Addr+uint64(last.Count)*PageSize == addr {
+		if last.Zero == zero && !last.Guard && last.Addr+uint64(last.Count)*PageSize == addr {
 			last.Count++
 			return
 		}
 	}
 	s.runs = append(s.runs, image.Run{Addr: addr, Count: 1, Zero: zero})
+}
+
+// guard notes pages that are not to be touched.
+func (s *Saver) guard(e extent) error {
+	for e.start < e.end {
+		n := min((e.end-e.start)/PageSize, math.MaxUint32)
+		s.runs = append(s.runs, image.Run{Addr: e.start, Count: uint32(n), Guard: true})
+		e.start += n * PageSize
+		if len(s.runs) >= maxRuns {
+			if err := s.flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (s *Saver) flush() error {
@@ -176,9 +193,20 @@ func (s *Space) Save(out *Saver) error {
 		return gone(s.Pid, err)
 	}
 	defer mem.Close()
-	for _, src := range s.pages {
+	ranges := make([]extent, len(s.pages))
+	for i, src := range s.pages {
 		a := &s.Record.Areas[src.area]
-		read := func(addr uint64, b []byte) error {
+		ranges[i] = extent{a.Start, a.End}
+	}
+	err = pm.own(ranges, func(f found) error {
+		src := s.pages[f.in]
+		if f.guard {
+			return out.guard(f.extent)
+		}
+		if src.shared {
+			return nil // saved once, from its inode
+		}
+		err := out.add(f.extent, src.file, func(addr uint64, b []byte) error {
 			if src.readable {
 				err := tracee.ReadMemory(s.Pid, addr, b)
 				if !errors.Is(err, unix.EFAULT) {
@@ -188,11 +216,14 @@ func (s *Space) Save(out *Saver) error {
 			// /proc/PID/mem reads what the task itself may not.
 			_, err := mem.ReadAt(b, int64(addr))
 			return err
-		}
-		err := pm.own(a.Start, a.End, func(e extent) error { return out.add(e, src.file, read) })
+		})
 		if err != nil {
-			return fmt.Errorf("memory at %x-%x %s: %w", a.Start, a.End, a.Name, err)
+			return fail.On(describe(&s.Record.Areas[src.area]), err)
 		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	return out.flush()
 }
@@ -206,7 +237,7 @@ func Resident(pid int) (int64, error) {
 	}
 	var total int64
 	for line := range bytes.Lines(b) {
-		for _, key := range []string{"RssAnon:", "RssShmem:", "VmSwap:"} {
+		for _, key := range []string{"RssAnon:", "RssShmem:", "VmSwap:", "HugetlbPages:"} {
 			var kib int64
 			if rest, ok := bytes.CutPrefix(line, []byte(key)); ok {
 				if _, err := fmt.Sscanf(string(rest), "%d", &kib); err == nil {

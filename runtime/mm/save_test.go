@@ -79,10 +79,23 @@ func TestBothPageMaps(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 1))
 		b := mapped(t, 2000, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		scatter(t, b, random)
-		start, end := addressOf(b), addressOf(b)+uint64(len(b))
-		owns := func(find func(start, end uint64, yield func(extent) error) error) []bool {
+		start, end, guards := addressOf(b), addressOf(b)+uint64(len(b)), 0
+		for _, at := range []int{40, 41, 300, 999} {
+			must(t, unix.Madvise(page(b, at), unix.MADV_GUARD_INSTALL))
+		}
+		owns := func(scan bool) []bool {
 			own, last := make([]bool, len(b)/PageSize), start
-			must(t, find(start, end, func(e extent) error {
+			pm.scan = scan
+			// Three ranges, with a gap between the last two.
+			ranges := []extent{{start, start + 100*PageSize}, {start + 100*PageSize, start + 990*PageSize}, {start + 995*PageSize, end}}
+			must(t, pm.own(ranges, func(e found) error {
+				if r := ranges[e.in]; e.start < r.start || e.end > r.end {
+					t.Fatalf("seed %d: extent %x-%x is not in range %d", seed, e.start, e.end, e.in)
+				}
+				if e.guard {
+					guards += int(e.end-e.start) / PageSize
+					return nil
+				}
 				if e.start < last || e.start >= e.end || e.end > end {
 					t.Fatalf("seed %d: extent %x-%x after %x", seed, e.start, e.end, last)
 				}
@@ -94,8 +107,14 @@ func TestBothPageMaps(t *testing.T) {
 			}))
 			return own
 		}
-		scan, entries := owns(pm.ownByScan), owns(pm.ownByEntries)
+		scan, entries := owns(true), owns(false)
+		if guards != 2*4 {
+			t.Errorf("seed %d: %d guard pages in two walks", seed, guards)
+		}
 		for i := range scan {
+			if i >= 990 && i < 995 || slices.Contains([]int{40, 41, 300, 999}, i) {
+				continue
+			}
 			zero := bytes.Equal(page(b, i), zeroPage[:])
 			if scan[i] && !entries[i] || !zero && !(scan[i] && entries[i]) {
 				t.Fatalf("seed %d, page %d (zero %v): own by scan %v, by entries %v", seed, i, zero, scan[i], entries[i])
@@ -119,12 +138,12 @@ func TestOwnPages(t *testing.T) {
 		must(t, err)
 		pm.scan = scan
 		var got []extent
-		must(t, pm.own(addressOf(b), addressOf(b)+uint64(len(b)), func(e extent) error { got = append(got, e); return nil }))
+		must(t, pm.own([]extent{{addressOf(b), addressOf(b) + uint64(len(b))}}, func(e found) error { got = append(got, e.extent); return nil }))
 		if want := (extent{addressOf(page(b, 3)), addressOf(page(b, 4)) + PageSize}); !slices.Equal(got, []extent{want}) {
 			t.Errorf("scan %v: %x, want %x", scan, got, want)
 		}
 		stop := errors.New("stop")
-		if err := pm.own(addressOf(b), addressOf(b)+uint64(len(b)), func(extent) error { return stop }); !errors.Is(err, stop) {
+		if err := pm.own([]extent{{addressOf(b), addressOf(b) + uint64(len(b))}}, func(found) error { return stop }); !errors.Is(err, stop) {
 			t.Errorf("scan %v: %v", scan, err)
 		}
 		must(t, pm.Close())
@@ -297,9 +316,9 @@ func TestSegment(t *testing.T) {
 	var st unix.Stat_t
 	must(t, unix.Fstat(fd, &st))
 	shared, link := NewShared(), "/proc/self/fd/"+itoa(fd)
-	seg, err := shared.Memfd(&st, link, "/memfd:cache (deleted)")
+	seg, err := shared.Open(&st, link, "/memfd:cache (deleted)")
 	must(t, err)
-	if again, err := shared.Memfd(&st, link, "/memfd:cache (deleted)"); again != seg || err != nil || len(shared.Segments()) != 1 {
+	if again, err := shared.Open(&st, link, "/memfd:cache (deleted)"); again != seg || err != nil || len(shared.Segments()) != 1 {
 		t.Errorf("found again as another: %v", err)
 	}
 	must(t, seg.Details())

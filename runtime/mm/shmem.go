@@ -10,18 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
-	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// Segment is shared anonymous memory: a tmpfs file without a name, made by
-// mmap(2) with MAP_SHARED|MAP_ANONYMOUS or by memfd_create(2).
+// Segment is shared memory: a file of a tmpfs or hugetlbfs without a name, made
+// by mmap(2) with MAP_SHARED|MAP_ANONYMOUS, by memfd_create(2), or removed.
 type Segment struct {
 	object.Object
 	Record *image.Shmem
-	mapped bool   // shared, by somebody
 	path   string // of a link in /proc through which it can be opened
+}
+
+// anonymousShared tells the names of shared memory that mmap made. The last is
+// of memory that was given a name (PR_SET_VMA_ANON_NAME of prctl(2)).
+func anonymousShared(name string) bool {
+	return name == "/dev/zero"+deletedSuffix || name == hugeMemory || strings.HasPrefix(name, namedShared)
+}
+
+func isMemfd(name string) bool {
+	return strings.HasPrefix(name, "/memfd:") && strings.HasSuffix(name, deletedSuffix)
 }
 
 // segment finds the memory behind a mapping or descriptor.
@@ -36,17 +44,27 @@ func (s *Shared) segment(id inode, link, name string) (*Segment, error) {
 		return nil, fmt.Errorf("shared memory %s: %w", name, err)
 	}
 	seg.Record.Size, seg.Record.Mode = uint64(st.Size), st.Mode&0o7777
-	if memfd, ok := strings.CutPrefix(name, "/memfd:"); ok {
+	switch {
+	case isMemfd(name):
 		seg.Record.Memfd = true
-		seg.Record.Name = strings.TrimSuffix(memfd, deletedSuffix)
+		seg.Record.Name = strings.TrimSuffix(strings.TrimPrefix(name, "/memfd:"), deletedSuffix)
+	case !anonymousShared(name):
+		seg.Record.Path = strings.TrimSuffix(name, deletedSuffix)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(link, &fs); err != nil {
+		return nil, fmt.Errorf("shared memory %s: %w", name, err)
+	}
+	if fs.Type == unix.HUGETLBFS_MAGIC {
+		seg.Record.HugePage = uint64(fs.Bsize)
 	}
 	s.segments[id] = seg
 	s.order = append(s.order, seg)
 	return seg, nil
 }
 
-// Memfd returns the segment of a memfd that is open as link.
-func (s *Shared) Memfd(st *unix.Stat_t, link, name string) (*Segment, error) {
+// Open returns the segment of a memfd or removed file that is open as link.
+func (s *Shared) Open(st *unix.Stat_t, link, name string) (*Segment, error) {
 	id := inode{fmt.Sprintf("%02x:%02x", unix.Major(st.Dev), unix.Minor(st.Dev)), st.Ino}
 	return s.segment(id, link, name)
 }
@@ -66,9 +84,6 @@ func (s *Segment) Details() error {
 	}
 	defer f.Close()
 	s.seals(f)
-	if s.mapped && s.Record.Seals&(unix.F_SEAL_WRITE|unix.F_SEAL_FUTURE_WRITE) != 0 {
-		return fail.Refuse("", "a memfd sealed against writing that is mapped is not supported yet", "unmap it before the checkpoint")
-	}
 	st, err := f.Stat()
 	if err == nil {
 		s.Record.Size = uint64(st.Size())
@@ -85,14 +100,10 @@ func (s *Segment) Save(out *Saver) error {
 	defer f.Close()
 	size := int64(s.Record.Size)
 	for at := int64(0); at < size; {
-		start, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+		start, end, err := s.data(f, at)
 		if errors.Is(err, unix.ENXIO) {
 			break
 		}
-		if err != nil {
-			return fmt.Errorf("shared memory: %w", err)
-		}
-		end, err := unix.Seek(int(f.Fd()), start, unix.SEEK_HOLE)
 		if err != nil {
 			return fmt.Errorf("shared memory: %w", err)
 		}
@@ -113,12 +124,58 @@ func (s *Segment) Save(out *Saver) error {
 	return out.flush()
 }
 
-// CreateShmem adds the calls that make shared memory in a stub.
-func CreateShmem(b *tracee.Batch, rec *image.Shmem, addr uint64) int {
-	if !rec.Memfd {
-		b.Add(unix.SYS_MMAP, tracee.W(addr), tracee.W((rec.Size+PageSize-1)&^uint64(PageSize-1)), tracee.W(unix.PROT_READ|unix.PROT_WRITE),
-			tracee.W(unix.MAP_SHARED|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE|unix.MAP_FIXED_NOREPLACE), tracee.W(^uint64(0)), tracee.W(0))
-		return -1
+// data finds the next stretch with content from at on. A hugetlbfs does not
+// tell holes; they read as zeros, of which nothing is saved.
+func (s *Segment) data(f *os.File, at int64) (start, end int64, err error) {
+	if s.Record.HugePage != 0 {
+		return at, int64(s.Record.Size), nil
 	}
-	return b.Add(unix.SYS_MEMFD_CREATE, b.String(rec.Name), tracee.W(unix.MFD_ALLOW_SEALING))
+	if start, err = unix.Seek(int(f.Fd()), at, unix.SEEK_DATA); err == nil {
+		end, err = unix.Seek(int(f.Fd()), start, unix.SEEK_HOLE)
+	}
+	return start, end, err
+}
+
+// memfdFlags are those that a memfd was made with, or might as well have been.
+// That it may be executed is said outright, for vm.memfd_noexec makes the other
+// the default; kernels before 6.3 know neither, and no seal that tells of it.
+func memfdFlags(rec *image.Shmem) uint64 {
+	flags := unix.MFD_ALLOW_SEALING | hugeFlags(rec.HugePage, unix.MFD_HUGETLB)
+	switch {
+	case rec.Mode&0o111 != 0 && unix.Access(memfdNoexec, unix.F_OK) == nil:
+		flags |= unix.MFD_EXEC
+	case rec.Mode&0o111 == 0 && rec.Seals&unix.F_SEAL_EXEC != 0:
+		flags |= unix.MFD_NOEXEC_SEAL
+	}
+	return flags
+}
+
+// memfdNoexec exists since kernels know the flags (memfd_create(2)), in pid
+// namespaces' own /proc too.
+const memfdNoexec = "/proc/sys/vm/memfd_noexec"
+
+// ReadonlySegments lists the shared memory that an address space maps without
+// the right to make it writable.
+func ReadonlySegments(m *image.MM) (refs []image.Ref) {
+	for i := range m.Areas {
+		if a := &m.Areas[i]; a.Kind == image.AreaShmem && a.Shared && !has(a, writable) {
+			refs = append(refs, a.File)
+		}
+	}
+	return refs
+}
+
+// CreateShmem adds the call that makes shared memory in a stub, as a descriptor
+// whose call it returns, or, for memory of mmap's, at addr; then it returns -1.
+func CreateShmem(b *tracee.Batch, rec *image.Shmem, addr uint64) int {
+	switch {
+	case rec.Path != "":
+		return b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String(rec.Path), tracee.W(unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC), tracee.W(0o600))
+	case rec.Memfd:
+		return b.Add(unix.SYS_MEMFD_CREATE, b.String(rec.Name), tracee.W(memfdFlags(rec)))
+	}
+	flags := unix.MAP_SHARED | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE | unix.MAP_FIXED_NOREPLACE | hugeFlags(rec.HugePage, unix.MAP_HUGETLB)
+	b.Add(unix.SYS_MMAP, tracee.W(addr), tracee.W((rec.Size+PageSize-1)&^uint64(PageSize-1)), tracee.W(unix.PROT_READ|unix.PROT_WRITE),
+		tracee.W(flags), tracee.W(^uint64(0)), tracee.W(0))
+	return -1
 }

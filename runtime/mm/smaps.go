@@ -27,6 +27,8 @@ type mapping struct {
 	inode              uint64
 	name               string   // as shown, escapes undone
 	flags              []string // VmFlags
+	pageSize           uint64   // bytes
+	key                uint64   // protection key
 }
 
 func (m *mapping) has(flag string) bool { return slices.Contains(m.flags, flag) }
@@ -64,6 +66,9 @@ func parseMappings(r io.Reader) ([]mapping, error) {
 			out[len(out)-1].flags = strings.Fields(string(flags))
 			continue
 		}
+		if len(out) > 0 && out[len(out)-1].attribute(line) {
+			continue
+		}
 		if !mappingLine(line) {
 			continue
 		}
@@ -74,6 +79,20 @@ func parseMappings(r io.Reader) ([]mapping, error) {
 		out = append(out, m)
 	}
 	return out, scan.Err()
+}
+
+// attribute reads what is wanted of the lines with numbers.
+func (m *mapping) attribute(line []byte) bool {
+	if rest, ok := bytes.CutPrefix(line, []byte("KernelPageSize:")); ok {
+		kib, _ := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(string(rest)), " kB"), 10, 54)
+		m.pageSize = kib << 10
+		return true
+	}
+	if rest, ok := bytes.CutPrefix(line, []byte("ProtectionKey:")); ok {
+		m.key, _ = strconv.ParseUint(strings.TrimSpace(string(rest)), 10, 64)
+		return true
+	}
+	return false
 }
 
 // mappingLine tells "7f00-7f01 r--p ..." from "Size: 4 kB".

@@ -22,6 +22,9 @@ type Files interface {
 	// Mapped returns the object of the file at path inside the container,
 	// which is mapped under the name link in /proc/PID/map_files.
 	Mapped(pid int, path, link string, write bool) (*object.Object, error)
+	// Removed reports whether link leads to a file that was removed from a
+	// tmpfs of the container, where it was called path.
+	Removed(path, link string) bool
 }
 
 // Shared finds shared anonymous memory again that several address spaces map.
@@ -50,7 +53,7 @@ type Space struct {
 
 	files []*object.Object // by area, nil for none
 	exe   *object.Object
-	pages []source // areas whose pages must be saved
+	pages []source // areas with pages that must be saved
 	bound []int    // areas with a memory policy of their own
 	Brk   uint64
 }
@@ -60,15 +63,27 @@ type source struct {
 	area     int
 	readable bool // by process_vm_readv(2), which respects PROT_NONE
 	file     bool // a file lies under it: pages of zeros count
+	shared   bool // only its guards are of interest
 }
 
-// restorable are the VmFlags that a mapping is given again, with the
-// madvise(2), mmap(2) or mlock(2) that sets them.
-var restorable = []string{"gd", "lo", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", accounted}
+// The VmFlags (show_smap_vma_flags in fs/proc/task_mmu.c) that mean more here
+// than a flag of mmap(2) or madvise(2).
+const (
+	accounted  = "ac" // VM_ACCOUNT
+	locked     = "lo" // mlock(2)
+	lockedLate = "lf" // with locked: mlock2(2) MLOCK_ONFAULT
+	droppable  = "dp" // mmap(2) MAP_DROPPABLE
+	writable   = "mw" // VM_MAYWRITE: mprotect(2) may make it writable
+	sealed     = "sl" // mseal(2)
+	hugetlb    = "ht"
+)
+
+// restorable are the VmFlags that a mapping is given again, with the call that
+// sets them.
+var restorable = []string{"gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "sf", accounted, locked, lockedLate, droppable, sealed}
 
 // refused are the VmFlags of mappings that cannot be made again.
 var refused = map[string]string{
-	"ht": "huge page (hugetlb) memory",
 	"io": "memory of a device",
 	"pf": "memory of a device",
 	"mm": "memory of a device",
@@ -76,8 +91,6 @@ var refused = map[string]string{
 	"uw": "memory registered with userfaultfd",
 	"ui": "memory registered with userfaultfd",
 	"ss": "a shadow stack",
-	"sl": "sealed memory (mseal)",
-	"dp": "memory with a protection key",
 }
 
 // Scan reads the areas of a process. It changes nothing and works on a running
@@ -110,19 +123,25 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 			return fail.Refuse("", why+" is not supported", "unmap it before the checkpoint")
 		}
 	}
+	// Memory that may only be executed has a key by the kernel's own doing, and
+	// will have one again (execute_only_pkey in arch/x86/mm/pkeys.c).
+	if m.key != 0 && protection(m.perms) != unix.PROT_EXEC {
+		return fail.Refuse("", "memory with a protection key is not supported: which keys are allocated cannot be asked", "unmap it before the checkpoint")
+	}
 	a := image.Area{Start: m.start, End: m.end, Prot: protection(m.perms), Shared: m.shared(), Offset: m.offset, Name: m.name}
 	for _, f := range m.flags {
 		if slices.Contains(restorable, f) {
 			a.Flags = append(a.Flags, f)
 		}
 	}
+	if m.has(hugetlb) {
+		a.HugePage = m.pageSize
+	}
 	under, err := s.classify(&a, m, files, shared)
 	if err != nil {
 		return err
 	}
-	if !a.Shared {
-		s.pages = append(s.pages, source{area: len(s.Record.Areas), readable: a.Prot&unix.PROT_READ != 0, file: a.Kind != image.AreaAnon})
-	}
+	s.pages = append(s.pages, source{area: len(s.Record.Areas), readable: a.Prot&unix.PROT_READ != 0, file: a.Kind != image.AreaAnon, shared: a.Shared})
 	s.Record.Areas = append(s.Record.Areas, a)
 	s.files = append(s.files, under)
 	return nil
@@ -132,20 +151,28 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared) (*object.Object, error) {
 	link := fmt.Sprintf("/proc/%d/map_files/%x-%x", s.Pid, m.start, m.end)
 	switch {
-	case m.inode == 0 && !m.shared():
+	case !m.shared() && (m.inode == 0 || m.name == hugeMemory):
 		a.Kind, a.Offset = image.AreaAnon, 0
 		return nil, nil
-	case m.name == "/dev/zero"+deletedSuffix && m.shared(), strings.HasPrefix(m.name, "/memfd:") && m.deleted():
+	case a.HugePage != 0 && m.name != hugeMemory && !isMemfd(m.name):
+		return nil, fail.Refuse("", "a mapping of a file of a hugetlbfs is not supported: its contents are not in the image", "unmap it before the checkpoint")
+	case m.shared() && anonymousShared(m.name), isMemfd(m.name), m.deleted() && files.Removed(strings.TrimSuffix(m.name, deletedSuffix), link):
 		a.Kind = image.AreaShmem
+		if m.shared() && m.has(writable) {
+			a.Flags = append(a.Flags, writable)
+		}
 		seg, err := shared.segment(inode{m.dev, m.inode}, link, m.name)
 		if err != nil {
 			return nil, err
 		}
-		seg.mapped = seg.mapped || m.shared()
 		return &seg.Object, nil
+	case m.name == "/secretmem"+deletedSuffix:
+		return nil, fail.Refuse("", "secret memory (memfd_secret) is not supported: nobody but its owner can read it", "unmap it before the checkpoint")
 	case strings.HasPrefix(m.name, "/SYSV"):
 		return nil, fail.Refuse("", "System V shared memory is not supported yet", "")
-	case strings.HasPrefix(m.name, "anon_inode:"), strings.HasPrefix(m.name, "/[aio]"):
+	case strings.HasPrefix(m.name, "/[aio]"):
+		return nil, fail.Refuse("", "asynchronous I/O (io_setup) is not supported: the kernel does not tell whether requests are under way", "io_destroy the context before the checkpoint")
+	case strings.HasPrefix(m.name, "anon_inode:"):
 		return nil, fail.Refuse("", "a mapping of "+m.name+" is not supported", "close it before the checkpoint")
 	case m.deleted():
 		return nil, fail.Refuse("", "the mapped file was deleted", "restart the task, which runs on a file that is gone")

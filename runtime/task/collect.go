@@ -46,6 +46,8 @@ type State struct {
 	Task    *image.Task
 	Sighand *image.Sighand
 	Brk     uint64 // the end of the heap, which only the process knows
+	// LockFuture says that mlockall(2) locks what the process maps from now on.
+	LockFuture bool
 
 	hasLDT func() bool
 }
@@ -248,6 +250,13 @@ func askThread(b *tracee.Batch, rec *image.Thread) func() {
 	}
 }
 
+// askLockFuture adds the call that tells whether new memory is locked, which no
+// file of /proc shows: the batch's own is such, and msync(2) is EBUSY if it is.
+func askLockFuture(b *tracee.Batch) int {
+	const page = 4096
+	return b.Try(unix.SYS_MSYNC, b.Reserve(1).Page(), tracee.W(page), tracee.W(unix.MS_INVALIDATE))
+}
+
 // askProcess adds what only the process itself can tell.
 func askProcess(b *tracee.Batch, st *State) func() {
 	actions, intervals := askActions(b), askITimers(b)
@@ -258,8 +267,10 @@ func askProcess(b *tracee.Batch, st *State) func() {
 	brk := b.Add(unix.SYS_BRK, tracee.W(0))
 	controls := askProcessControls(b, st.Task)
 	st.hasLDT = askLDT(b)
+	future := askLockFuture(b)
 	return func() {
 		controls()
+		st.LockFuture = b.Err(future) == unix.EBUSY
 		st.Sighand, st.Task.ITimers = actions(), intervals()
 		timers()
 		st.Task.Subreaper = binary.LittleEndian.Uint32(b.At(reaper, 4)) != 0

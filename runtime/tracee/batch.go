@@ -37,6 +37,7 @@ type Call struct {
 type Word struct {
 	value   uint64
 	pointer bool
+	page    bool
 }
 
 // W makes an argument of a number.
@@ -83,6 +84,9 @@ func (b *Batch) At(w Word, n int) []byte { return b.Data[w.value:][:n] }
 // Plus is the address off bytes behind w.
 func (w Word) Plus(off int) Word { return Word{value: w.value + uint64(off), pointer: w.pointer} }
 
+// Page is the address of the page that w, a place in the batch's memory, is in.
+func (w Word) Page() Word { return Word{value: w.value, pointer: w.pointer, page: true} }
+
 // Reset empties the batch and keeps its memory.
 func (b *Batch) Reset() {
 	clear(b.Data)
@@ -114,7 +118,10 @@ func (e *CallError) Unwrap() error { return e.Errno }
 
 // resolve is the word's value once the batch's memory is at data.
 func (w Word) resolve(data uint64) uint64 {
-	if w.pointer {
+	switch {
+	case w.page:
+		return (data + w.value) &^ 0xfff
+	case w.pointer:
 		return data + w.value
 	}
 	return w.value

@@ -1,0 +1,56 @@
+/*
+ * unsupported - holds one object, named by its argument, that no checkpoint
+ * saves.
+ */
+#include "hold.h"
+#include <linux/aio_abi.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+
+#define PAGE 4096UL
+#define MEMFD_SECRET 447
+
+static void hold_secret(void)
+{
+	int fd = syscall(MEMFD_SECRET, 0);
+
+	need(fd >= 0);
+	need(!ftruncate(fd, PAGE));
+	need(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) != MAP_FAILED);
+	need(!close(fd));
+}
+
+static void hold_uffd(void)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	void *p = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	need(fd >= 0 && p != MAP_FAILED);
+	need(!ioctl(fd, UFFDIO_API, &api));
+	reg.range.start = (unsigned long)p;
+	reg.range.len = PAGE;
+	need(!ioctl(fd, UFFDIO_REGISTER, &reg));
+}
+
+static void hold_aio(void)
+{
+	aio_context_t ctx = 0;
+
+	need(!syscall(SYS_io_setup, 8, &ctx));
+}
+
+int main(int argc, char **argv)
+{
+	report_open("unsupported");
+	if (wanted(argc, argv, "secret"))
+		hold_secret();
+	if (wanted(argc, argv, "uffd"))
+		hold_uffd();
+	if (wanted(argc, argv, "aio"))
+		hold_aio();
+	for (;; doze(20 * MS))
+		tick();
+}
