@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"runtime/debug"
 	"slices"
 	"testing"
 	"unsafe"
@@ -346,6 +347,7 @@ func TestSegment(t *testing.T) {
 }
 
 func TestResident(t *testing.T) {
+	debug.FreeOSMemory() // not in between
 	before, err := Resident(os.Getpid())
 	must(t, err)
 	b := mapped(t, 5000, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
