@@ -17,7 +17,8 @@
 // Such a lineage can always be played: grow each branch whole, and put a ghost, a temporary process,
 // between a forker and a child that is to end elsewhere. The ghost leaves when the branch below the
 // child is complete; the final parent, still above it and for that moment the only subreaper, inherits
-// the child. order.go and origin.go find the lineage, lineage.go draws it, grow.go and group.go play it.
+// the child. order.go and origin.go find the lineage, lineage.go draws it, share.go makes it one by
+// which shared tables are handed on, grow.go and group.go play it.
 package forest
 
 import (
@@ -35,6 +36,8 @@ type Process struct {
 	Zombie bool
 	// Subreaper says that the process has PR_SET_CHILD_SUBREAPER set.
 	Subreaper bool
+	// Shared says which tables it shares with other processes.
+	Shared Shared
 }
 
 // Op names the call of a Step.
@@ -52,6 +55,8 @@ const (
 	Subreaper
 	// Exit makes Pid, always a ghost, leave.
 	Exit
+	// Leave makes Pid call unshare(2).
+	Leave
 )
 
 // Step is one remote call, made in process Pid.
@@ -61,12 +66,17 @@ type Step struct {
 	Child int  // Fork: the pid the child must get
 	Pgid  int  // Setpgid: the group to enter; the caller's own pid founds it
 	On    bool // Subreaper: the flag's new value
+	// Tables are what the child shares with Pid (Fork), or what Pid exchanges for a copy of its own (Leave).
+	Tables Tables
 }
 
 // String shows the step as a call.
 func (s Step) String() string {
 	switch s.Op {
 	case Fork:
+		if s.Tables != 0 {
+			return fmt.Sprintf("%d: fork %d sharing %v", s.Pid, s.Child, s.Tables)
+		}
 		return fmt.Sprintf("%d: fork %d", s.Pid, s.Child)
 	case Setsid:
 		return fmt.Sprintf("%d: setsid", s.Pid)
@@ -76,6 +86,8 @@ func (s Step) String() string {
 		return fmt.Sprintf("%d: subreaper %t", s.Pid, s.On)
 	case Exit:
 		return fmt.Sprintf("%d: exit", s.Pid)
+	case Leave:
+		return fmt.Sprintf("%d: leave %v", s.Pid, s.Tables)
 	}
 	return fmt.Sprintf("%d: unknown operation %d", s.Pid, s.Op)
 }
@@ -159,6 +171,11 @@ type node struct {
 	late  []*node // forked after it, or by a node that never calls setsid
 	// keepsOutside: a descendant needs to inherit group 0, which cannot be entered again once left.
 	keepsOutside bool
+
+	// Which tables it hands on, see share.go.
+	forker  *node
+	carried Shared     // held at first, without being its own in the end
+	rounds  [2][]round // of early and late
 }
 
 // A session with the nodes that were, or will be, born in it.
@@ -188,6 +205,7 @@ type family struct {
 	byPid    map[int]*node
 	sessions []*session // the root's first, the others ascending by id
 	groups   map[int]*group
+	classes  []*class
 	used     map[int]bool // ids no temporary pid may have
 }
 
@@ -208,6 +226,9 @@ func newFamily(processes []Process, reserved []int) (*family, error) {
 		return nil, err
 	}
 	if err := f.checkIDs(reserved); err != nil {
+		return nil, err
+	}
+	if err := f.linkClasses(); err != nil {
 		return nil, err
 	}
 	f.linkSessions()

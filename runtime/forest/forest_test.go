@@ -14,6 +14,10 @@ func p(pid, ppid, pgid, sid int) Process { return Process{Pid: pid, Ppid: ppid, 
 
 func subreaper(p Process) Process { p.Subreaper = true; return p }
 func zombie(p Process) Process    { p.Zombie = true; return p }
+func sharing(p Process, t Table, id int) Process {
+	p.Shared[t] = id
+	return p
+}
 
 func TestPlans(t *testing.T) {
 	for _, test := range []struct {
@@ -75,6 +79,18 @@ func TestPlans(t *testing.T) {
 		{name: "root that is not pid 1", processes: []Process{p(70, 3, 70, 70), p(72, 70, 71, 71)},
 			plan:   "70: fork 71; 71: setsid; 71: fork 72; 70: subreaper true; 71: exit; 70: subreaper false",
 			ghosts: []int{71}},
+		{name: "child in the address space of its parent", processes: []Process{sharing(p(1, 0, 1, 1), MM, 1), sharing(p(4, 1, 1, 1), MM, 1), p(6, 4, 1, 1)},
+			plan: "1: fork 4 sharing address space; 4: fork 6"},
+		{name: "siblings share what their parent does not", processes: []Process{p(1, 0, 1, 1), sharing(p(4, 1, 1, 1), MM, 4), sharing(p(6, 1, 1, 1), MM, 4)},
+			plan:   "1: fork 4; 4: fork 2 sharing address space; 2: fork 6 sharing address space; 2: exit",
+			ghosts: []int{2}},
+		{name: "cousins share what their parents do not", processes: []Process{p(1, 0, 1, 1), p(4, 1, 1, 1), p(6, 1, 1, 1),
+			sharing(p(7, 4, 1, 1), FS, 7), sharing(p(8, 6, 1, 1), FS, 7)},
+			plan: "1: fork 4 sharing file system context; 4: fork 7 sharing file system context; 4: leave file system context; " +
+				"1: fork 6 sharing file system context; 6: fork 8 sharing file system context; 6: leave file system context; 1: leave file system context"},
+		{name: "table left between two children", processes: []Process{sharing(p(1, 0, 1, 1), Files, 1), sharing(p(4, 1, 1, 1), Files, 4),
+			sharing(p(5, 4, 1, 1), Files, 1), sharing(p(6, 4, 1, 1), Files, 4)},
+			plan: "1: fork 4 sharing descriptor table; 4: fork 5 sharing descriptor table; 4: leave descriptor table; 4: fork 6 sharing descriptor table"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			plan, err := Grow(test.processes, threads)
@@ -127,6 +143,8 @@ func TestUnreachable(t *testing.T) {
 		{"session of an init outside the tree", []Process{p(7, 0, 7, 7), p(8, 7, 1, 1)}, 8},
 		{"group of an init outside the tree", []Process{p(7, 0, 7, 7), p(8, 7, 1, 7)}, 8},
 		{"negative session", []Process{p(1, 0, 1, 1), p(4, 1, 4, -4)}, 4},
+		{"address space of cousins", []Process{p(1, 0, 1, 1), p(4, 1, 1, 1), p(6, 1, 1, 1), sharing(p(7, 4, 1, 1), MM, 7), sharing(p(8, 6, 1, 1), MM, 7)}, 4},
+		{"signal actions of another address space", []Process{sharing(p(1, 0, 1, 1), Sighand, 1), sharing(p(4, 1, 1, 1), Sighand, 1)}, 1},
 		{"negative group", []Process{p(1, 0, 1, 1), p(4, 1, -4, 1)}, 4},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -162,6 +180,7 @@ func TestLarge(t *testing.T) {
 		"leaders":     func(pid int) Process { return p(pid, pid-1, pid, pid) },
 		"groups":      func(pid int) Process { return p(pid, 1, pid-pid%10, 1) },
 		"daemons":     func(pid int) Process { return p(pid, 1, pid+n, pid+n) },
+		"sharing":     func(pid int) Process { return sharing(p(pid, 1, 1, 1), Files, 2) },
 		"dead groups": func(pid int) Process { return p(pid, pid/2, pid+n, 1) },
 	}
 	for name, shape := range shapes {
@@ -223,7 +242,7 @@ func FuzzPlan(f *testing.F) {
 		var list []Process
 		for b := range slices.Chunk(data, 5) {
 			if len(b) == 5 && len(list) < 200 {
-				list = append(list, Process{int(b[0]), int(b[1]), int(b[2]), int(b[3]), b[4]&1 != 0, b[4]&2 != 0})
+				list = append(list, Process{int(b[0]), int(b[1]), int(b[2]), int(b[3]), b[4]&1 != 0, b[4]&2 != 0, Shared{}})
 			}
 		}
 		plan, err := Grow(list, nil)

@@ -70,7 +70,7 @@ func (g *grower) setpgid(n *node, p *group) {
 
 // foundByGhost lets forker fork a ghost which founds group p and is still there on return.
 func (g *grower) foundByGhost(forker *node, p *group) *node {
-	ghost := &node{Process: Process{Pid: p.id}, ghost: true}
+	ghost := newGhost(p.id)
 	g.fork(forker, ghost)
 	g.found(ghost, p)
 	return ghost

@@ -29,7 +29,7 @@ func (g *grower) step(s Step) { g.plan.Steps = append(g.plan.Steps, s) }
 
 func (g *grower) fork(parent, child *node) {
 	child.group = parent.group
-	g.step(Step{Op: Fork, Pid: parent.Pid, Child: child.Pid})
+	g.step(Step{Op: Fork, Pid: parent.Pid, Child: child.Pid, Tables: parent.handsOn(child)})
 	if child.ghost {
 		g.plan.Ghosts = append(g.plan.Ghosts, child.Pid)
 	}
@@ -41,12 +41,14 @@ func (g *grower) temporary() *node {
 		g.nextPid++
 	}
 	g.used[g.nextPid] = true
-	return &node{Process: Process{Pid: g.nextPid}, ghost: true}
+	return newGhost(g.nextPid)
 }
+
+func newGhost(pid int) *node { return &node{Process: Process{Pid: pid}, ghost: true} }
 
 // raise completes n, which has just been forked, and all below it.
 func (g *grower) raise(n *node) {
-	g.bear(n, n.early, nil)
+	g.bearRounds(n, n.rounds[0], nil)
 	switch {
 	case n.Sid == n.Pid && n != g.root:
 		g.step(Step{Op: Setsid, Pid: n.Pid})
@@ -54,7 +56,7 @@ func (g *grower) raise(n *node) {
 	case n.Sid != n.Pid && !n.keepsOutside:
 		g.settle(n)
 	}
-	g.bear(n, n.late, heirOf(n))
+	g.bearRounds(n, n.rounds[1], heirOf(n))
 	if n.keepsOutside {
 		g.settle(n)
 	}
@@ -76,6 +78,16 @@ func heirOf(n *node) *node {
 		}
 	}
 	return nil
+}
+
+// bearRounds lets forker fork children, and leave tables in between.
+func (g *grower) bearRounds(forker *node, rounds []round, heir *node) {
+	for _, r := range rounds {
+		if r.leave != 0 {
+			g.step(Step{Op: Leave, Pid: forker.Pid, Tables: r.leave})
+		}
+		g.bear(forker, r.children, heir)
+	}
 }
 
 // bear lets forker fork the children, and completes each of them. heir is the one who takes over the
@@ -127,11 +139,16 @@ func addToDetour(detours []*detour, d detour, child *node) []*detour {
 
 func (g *grower) bearByGhost(forker *node, d *detour) {
 	var ghost *node
-	if d.group != nil && d.group.needsGhost() {
-		ghost = g.foundByGhost(forker, d.group)
+	founds := d.group != nil && d.group.needsGhost()
+	if founds {
+		ghost = newGhost(d.group.id)
 	} else {
 		ghost = g.temporary()
-		g.fork(forker, ghost)
+	}
+	ghost.carried = forker.handedOn(d.children)
+	g.fork(forker, ghost)
+	if founds {
+		g.found(ghost, d.group)
 	}
 	for _, child := range d.children {
 		g.fork(ghost, child)

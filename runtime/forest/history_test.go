@@ -1,6 +1,7 @@
 package forest
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -21,6 +22,8 @@ var threads = []int{3, 5, 401}
 type history struct {
 	*kernel
 	rand    *rand.Rand
+	sharing bool // processes share tables
+	execs   bool // and leave address spaces by execve
 	eager   bool // processes call setsid more often than anything but fork
 	wrapped bool // pids come in any order, as after wrap-arounds of the pid counter
 	nextPid int  // the lowest where wrapped
@@ -83,21 +86,22 @@ type call struct {
 	what     string
 	pid      int
 	arg, grp int
+	tables   Tables
 	err      error
 }
 
 func (c call) String() string {
 	if c.err != nil {
-		return fmt.Sprintf("%d: %s %d %d = %v", c.pid, c.what, c.arg, c.grp, c.err)
+		return fmt.Sprintf("%d: %s %d %d %v = %v", c.pid, c.what, c.arg, c.grp, c.tables, c.err)
 	}
-	return fmt.Sprintf("%d: %s %d %d", c.pid, c.what, c.arg, c.grp)
+	return fmt.Sprintf("%d: %s %d %d %v", c.pid, c.what, c.arg, c.grp, c.tables)
 }
 
 // do makes a call in the simulated kernel.
 func (k *kernel) do(c call) error {
 	switch c.what {
 	case "fork", "fork sibling":
-		return k.fork(c.pid, c.arg, c.what == "fork sibling")
+		return k.fork(c.pid, c.arg, c.tables, c.what == "fork sibling")
 	case "setsid":
 		return k.setsid(c.pid)
 	case "setpgid":
@@ -106,6 +110,8 @@ func (k *kernel) do(c call) error {
 		return k.setSubreaper(c.pid, c.arg != 0)
 	case "exit":
 		return k.exit(c.pid)
+	case "leave":
+		return k.leave(c.pid, c.tables)
 	case "reap":
 		return k.reap(c.pid, c.arg)
 	}
@@ -114,9 +120,30 @@ func (k *kernel) do(c call) error {
 
 // call makes a call, which may fail as it may in life.
 func (h *history) call(what string, pid, arg, grp int) {
-	c := call{what, pid, arg, grp, nil}
+	c := call{what, pid, arg, grp, h.someTables(what), nil}
 	c.err = h.do(c)
 	h.log = append(h.log, c)
+}
+
+// someTables are what a call shares or leaves.
+func (h *history) someTables(what string) (s Tables) {
+	if !h.sharing {
+		return 0
+	}
+	some := Tables(h.rand.IntN(allTables + 1))
+	switch what {
+	case "fork", "fork sibling":
+		if h.rand.IntN(2) == 0 {
+			return 0
+		}
+		return some
+	case "leave":
+		if h.execs && h.rand.IntN(2) == 0 {
+			return 1<<MM | 1<<Sighand | 1<<Files
+		}
+		return some &^ (1<<MM | 1<<Sighand)
+	}
+	return 0
 }
 
 // act lets a process do something.
@@ -146,6 +173,8 @@ func (h *history) act(forks *int) {
 		if h.rand.IntN(4) > 0 {
 			h.call("reap", parent.pid, pid, 0)
 		}
+	case h.sharing && h.rand.IntN(3) > 0:
+		h.call("leave", pid, 0, 0)
 	default:
 		h.call("reap", pid, h.all[h.rand.IntN(len(h.all))].pid, 0)
 	}
@@ -211,4 +240,35 @@ func TestHistories(t *testing.T) {
 		}
 	}
 	t.Logf("%d histories from seed %d", *histories, seed)
+}
+
+// TestSharing: what processes share is shared again or refused, and refused are only few: where the way of
+// an address space leads through processes that have left it by execve, or where it meets with sessions.
+func TestSharing(t *testing.T) {
+	seed := *historySeed
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
+	refused, count := map[bool]int{}, *histories/4+1
+	for i := range count {
+		h := newHistory(seed + uint64(i))
+		h.sharing, h.execs = true, i%2 == 0
+		size := 1 + i*20/count
+		if *historySize > 0 {
+			size = *historySize
+		}
+		h.live(size)
+		state := h.state()
+		err := checkState(state, threads)
+		var unreachable *Unreachable
+		if errors.As(err, &unreachable) {
+			refused[h.execs]++
+		} else if err != nil {
+			t.Fatalf("-histories 1 -history-seed %d -history-size %d: %v\nhistory: %v\nstate: %+v", seed+uint64(i), size, err, h.log, state)
+		}
+	}
+	if refused[true] > count/100+1 || refused[false] > count/400+1 {
+		t.Errorf("too many are refused")
+	}
+	t.Logf("of %d histories from seed %d refused: %d with execve, %d without", count, seed, refused[true], refused[false])
 }

@@ -25,12 +25,25 @@ type proc struct {
 	leader    bool // session leader
 	zombie    bool
 	subreaper bool
+	tables    [tables]*int // which are the same where the pointers are
 }
+
+// fresh gives new tables for those named.
+func (p *proc) fresh(which Tables) {
+	for t := range tables {
+		if which.Has(t) {
+			p.tables[t] = new(int)
+		}
+	}
+}
+
+const allTables = 1<<tables - 1
 
 // newKernel starts a namespace with the process that becomes the root.
 func newKernel(pid int, leader bool) *kernel {
 	k := &kernel{procs: make(map[int]*proc), inUse: make(map[int]int)}
 	p := &proc{pid: pid}
+	p.fresh(allTables)
 	if leader {
 		p.sid, p.pgid, p.leader = pid, pid, true
 	}
@@ -74,17 +87,20 @@ func (k *kernel) alive(pid int) *proc {
 }
 
 // fork is clone3(2) with set_tid. Siblings are made with CLONE_PARENT, which an init may not use.
-func (k *kernel) fork(pid, child int, sibling bool) error {
+func (k *kernel) fork(pid, child int, share Tables, sibling bool) error {
 	p := k.alive(pid)
 	switch {
 	case p == nil:
 		return syscall.ESRCH
 	case sibling && p == k.init:
 		return syscall.EINVAL
+	case share.Has(Sighand) && !share.Has(MM):
+		return syscall.EINVAL
 	case k.inUse[child] > 0:
 		return syscall.EEXIST
 	}
-	c := &proc{pid: child, pgid: p.pgid, sid: p.sid, parent: p}
+	c := &proc{pid: child, pgid: p.pgid, sid: p.sid, parent: p, tables: p.tables}
+	c.fresh(allTables &^ share)
 	if sibling {
 		c.parent = p.parent
 	}
@@ -168,6 +184,16 @@ func (k *kernel) exit(pid int) error {
 	return nil
 }
 
+// leave is unshare(2), and for address space, signal actions and descriptors together execve(2).
+func (k *kernel) leave(pid int, which Tables) error {
+	p := k.alive(pid)
+	if p == nil {
+		return syscall.ESRCH
+	}
+	p.fresh(which)
+	return nil
+}
+
 // reap is waitpid(2).
 func (k *kernel) reap(pid, child int) error {
 	p, c := k.alive(pid), k.procs[child]
@@ -183,7 +209,7 @@ func (k *kernel) reap(pid, child int) error {
 func (k *kernel) run(s Step) error {
 	switch s.Op {
 	case Fork:
-		return k.fork(s.Pid, s.Child, false)
+		return k.fork(s.Pid, s.Child, s.Tables, false)
 	case Setsid:
 		return k.setsid(s.Pid)
 	case Setpgid:
@@ -192,6 +218,11 @@ func (k *kernel) run(s Step) error {
 		return k.setSubreaper(s.Pid, s.On)
 	case Exit:
 		return k.exit(s.Pid)
+	case Leave:
+		if s.Tables.Has(MM) || s.Tables.Has(Sighand) {
+			return syscall.EINVAL
+		}
+		return k.leave(s.Pid, s.Tables)
 	}
 	return fmt.Errorf("operation %d", s.Op)
 }
@@ -199,15 +230,39 @@ func (k *kernel) run(s Step) error {
 // list returns the processes ascending by pid.
 func (k *kernel) list() []Process {
 	list := make([]Process, 0, len(k.all))
+	shared := k.shared()
 	for _, p := range k.all {
 		ppid := 0
 		if p.parent != nil {
 			ppid = p.parent.pid
 		}
-		list = append(list, Process{p.pid, ppid, p.pgid, p.sid, p.zombie, p.subreaper && !p.zombie})
+		list = append(list, Process{p.pid, ppid, p.pgid, p.sid, p.zombie, p.subreaper && !p.zombie, shared[p]})
 	}
 	slices.SortFunc(list, func(a, b Process) int { return a.Pid - b.Pid })
 	return list
+}
+
+// shared numbers the tables that living processes share by the lowest pid among them.
+func (k *kernel) shared() map[*proc]Shared {
+	out := make(map[*proc]Shared)
+	for t := range tables {
+		holders := make(map[*int][]*proc)
+		for _, p := range k.all {
+			if !p.zombie {
+				holders[p.tables[t]] = append(holders[p.tables[t]], p)
+			}
+		}
+		for _, list := range holders {
+			lowest := slices.MinFunc(list, func(a, b *proc) int { return a.pid - b.pid }).pid
+			for _, p := range list {
+				if s := out[p]; len(list) > 1 {
+					s[t] = lowest
+					out[p] = s
+				}
+			}
+		}
+	}
+	return out
 }
 
 // play runs a plan for want from its stub and reports how the result differs, or what failed.
@@ -215,8 +270,12 @@ func play(plan *Plan, want []Process) error {
 	want = slices.Clone(want)
 	slices.SortFunc(want, func(a, b Process) int { return a.Pid - b.Pid })
 	pids := make(map[int]bool)
+	var zombies []int
 	for i := range want {
 		pids[want[i].Pid] = true
+		if want[i].Zombie {
+			zombies = append(zombies, want[i].Pid)
+		}
 		want[i].Zombie = false // zombies are still alive at the end of a plan
 	}
 	var k *kernel
@@ -238,6 +297,9 @@ func play(plan *Plan, want []Process) error {
 	}
 	if root.pid != 1 {
 		k.removeNamespaceInit()
+	}
+	for _, pid := range zombies {
+		k.procs[pid].fresh(allTables) // it gives up what it shares when it exits
 	}
 	if got := k.list(); !slices.Equal(got, want) {
 		return fmt.Errorf("plan ends in\n%v, want\n%v", got, want)

@@ -10,7 +10,7 @@ import (
 func (f *family) drawLineage() *conflict {
 	regions := make([][]*node, len(f.sessions)) // by age
 	for _, n := range f.nodes {
-		n.early, n.late, n.depth, n.keepsOutside = nil, nil, 0, false
+		n.early, n.late, n.depth, n.keepsOutside, n.forker, n.carried = nil, nil, 0, false, nil, Shared{}
 		if n != f.root {
 			age := n.region().age
 			regions[age] = append(regions[age], n)
@@ -157,6 +157,7 @@ func siblingRank(n *node) int {
 func (r *region) link() {
 	for _, n := range slices.Backward(r.nodes) {
 		forker := r.forker[n]
+		n.forker = forker
 		if r.id == 0 && (n.Pgid == 0 || n.keepsOutside) {
 			forker.keepsOutside = true
 		}

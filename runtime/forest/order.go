@@ -70,6 +70,9 @@ func (s *search) try(extra []edge, depth int) *conflict {
 		c = s.drawLineage()
 	}
 	if c == nil {
+		c = s.share()
+	}
+	if c == nil {
 		return nil
 	}
 	for _, cure := range s.corrections(c) {
