@@ -63,6 +63,12 @@ func (b *builder) checkTaskParts(t *Task) error {
 	case t.THPDisable > 3 || t.MDWE > 3 || t.Dumpable > 2:
 		return errors.New("its memory controls are not valid")
 	}
+	if t.Threads[0].Files != 0 || t.Threads[0].FS != 0 {
+		return errors.New("its leader has other tables than the process")
+	}
+	if mm, known := b.spaceOf[t.Sighand]; known && mm != t.MM {
+		return errors.New("it shares signal actions with a process of another address space")
+	}
 	return first(
 		checkSegments(t.LDT, 0, maxLDT),
 		checkPending(t.Pending), checkTimers(t),
@@ -129,6 +135,9 @@ func (b *builder) checkThread(t *Thread) error {
 		return fmt.Errorf("seccomp mode %d with %d filters", t.SeccompMode, len(t.Seccomp))
 	case t.Sched.UtilMin > maxUtil || t.Sched.UtilMax > maxUtil:
 		return errors.New("its utilization clamps are not valid")
+	}
+	if t.Files != 0 && object[Files](&b.Head, t.Files) == nil || t.FS != 0 && object[FS](&b.Head, t.FS) == nil {
+		return errors.New("its own descriptor table or file system context stands nowhere before it")
 	}
 	return first(checkComm(t.Comm), checkPending(t.Pending), checkControls(&t.Controls), checkPolicy(t.Policy))
 }

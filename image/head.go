@@ -62,6 +62,7 @@ type builder struct {
 	last      Ref                // highest reference defined so far
 	metadata  uint64             // payload bytes of sections 1 to 5
 	processes map[int32]*Process // by pid
+	spaceOf   map[Ref]Ref        // the address space of those who have these signal actions
 	progress  map[Ref]uint64     // where the next TypeBytes of an object may begin
 }
 
@@ -69,6 +70,7 @@ func newBuilder() *builder {
 	return &builder{
 		Head:      Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}},
 		processes: map[int32]*Process{},
+		spaceOf:   map[Ref]Ref{},
 		progress:  map[Ref]uint64{},
 	}
 }
@@ -187,6 +189,7 @@ func (b *builder) keep(ref Ref, v any) {
 	case *Task:
 		b.Tasks = append(b.Tasks, v)
 		b.tasks[v.Pid] = v
+		b.spaceOf[v.Sighand] = v.MM
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v

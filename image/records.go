@@ -237,6 +237,9 @@ type Thread struct {
 	IOPrio      int32       `cbor:"18,keyasint,omitempty"`
 	Pending     [][]byte    `cbor:"19,keyasint,omitempty"` // thread-directed queue
 	Restart     *Restart    `cbor:"20,keyasint,omitempty"`
+	Files       Ref         `cbor:"30,keyasint,omitempty"` // not the process's but its own
+	FS          Ref         `cbor:"31,keyasint,omitempty"` // likewise
+	SemUndo     uint32      `cbor:"32,keyasint,omitempty"` // number of its semaphore undo list
 	Controls    Controls    `cbor:"40,keyasint"`
 	Policy      *MemPolicy  `cbor:"41,keyasint,omitempty"` // set_mempolicy(2)
 }

@@ -33,6 +33,7 @@ const (
 	refShmem
 	refMMInit
 	refMMChild
+	refSighandChild
 )
 
 const areaHeap = 0x7f0000001000
@@ -103,7 +104,7 @@ func sampleTask(pid int32, mm, files Ref, threads ...Thread) Task {
 // one that would write to a terminal are among them.
 func sampleObjects() []sampleRecord {
 	worker := sampleTask(7, refMMChild, refFilesChild, sampleThread(7, "worker"))
-	worker.Stopped = 19
+	worker.Stopped, worker.Sighand = 19, refSighandChild
 	address := binary.BigEndian.AppendUint16([]byte{afInet, 0}, 8080)
 	return []sampleRecord{
 		{TypeFile, File{Kind: KindStdio, Stdio: 0}},
@@ -126,6 +127,7 @@ func sampleObjects() []sampleRecord {
 			{Start: areaHeap + 0x4000, End: areaHeap + 0x6000, Kind: AreaShmem, Prot: 3, Shared: true, File: refShmem},
 		}}},
 		{TypeMM, MM{Exe: refExe, Areas: []Area{{Start: areaHeap, End: areaHeap + 0x4000, Kind: AreaAnon, Prot: 3}}}},
+		{TypeSighand, Sighand{}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

@@ -29,6 +29,8 @@ var programs = []program{
 	{name: "sleepers", neverPaused: true, options: []option{
 		withArgs(append([]string{"/bin/sleepers"}, sleeps...)...), withVaryingThreads(),
 	}},
+	{name: "shared", options: []option{withArgs("/bin/shared")}},
+	{name: "shared-threads", options: []option{withArgs("/bin/shared", "threads")}},
 	{name: "signals", options: []option{withArgs("/bin/signals")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "creds", options: []option{

@@ -28,6 +28,8 @@ type census struct {
 	zombies []image.Process
 	files   *file.Set
 	shared  *mm.Shared
+	sharing sharing
+	found   found
 }
 
 // process is one live process of the container.
@@ -41,11 +43,11 @@ type process struct {
 	threads []*tracee.Thread
 	live    *tracee.Live
 
-	space *mm.Space
-	table *file.Table
-	fs    *object.Object
-	state *task.State
-	hand  *object.Object
+	space  *mm.Space
+	tables []*file.Table    // by thread, nil for one with its process's
+	places []*object.Object // in the file system, likewise
+	state  *task.State
+	hand   *object.Object
 }
 
 func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
@@ -54,7 +56,7 @@ func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
 // they are looked at are left out where they may be (running is true).
 func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 	shared := mm.NewShared()
-	n := &census{shared: shared, files: file.NewSet(file.Env{
+	n := &census{shared: shared, found: newFound(), files: file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: shared,
 		Init: &file.Process{Pid: c.initPid, Inner: 1},
 	})}
@@ -66,9 +68,6 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 		if err == nil && p != nil {
 			err = c.admit(p)
 		}
-		if err == nil && p != nil {
-			err = n.scan(p)
-		}
 		if running && errors.Is(err, tracee.ErrGone) {
 			continue
 		}
@@ -79,10 +78,33 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 			n.procs = append(n.procs, p)
 		}
 	}
+	if err := n.findSharing(running); err != nil {
+		return nil, err
+	}
+	if err := n.scanAll(running); err != nil {
+		return nil, err
+	}
 	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
 		return nil, err
 	}
 	return n, nil
+}
+
+// scanAll reads what the processes hold.
+func (n *census) scanAll(running bool) error {
+	procs := n.procs
+	n.procs = nil
+	for _, p := range procs {
+		err := n.scan(p)
+		if running && errors.Is(err, tracee.ErrGone) {
+			continue
+		}
+		if err != nil {
+			return fail.In(p.name(), err)
+		}
+		n.procs = append(n.procs, p)
+	}
+	return nil
 }
 
 func nameOf(p *process, pid int) string {
@@ -179,80 +201,6 @@ func goneIs(pid int, err error) error {
 		return fmt.Errorf("task %d: %w", pid, tracee.ErrGone)
 	}
 	return err
-}
-
-// scan reads what a process holds: memory areas, descriptors, its place.
-func (n *census) scan(p *process) (err error) {
-	if p.space, err = mm.Scan(p.pid, n.files, n.shared); err != nil {
-		return err
-	}
-	if p.table, err = n.files.AddTable(&file.Process{Pid: p.pid, Inner: p.inner, Name: p.name()}); err != nil {
-		return err
-	}
-	p.fs, err = n.files.FS(p.pid, p.status[0].Umask)
-	return err
-}
-
-// checkSharing refuses what processes share and forked ones do not: it would
-// silently come apart.
-func (n *census) checkSharing() error {
-	for what, kind := range map[string]uintptr{"address space": kcmpVM, "descriptor table": kcmpFiles, "file system context": kcmpFS, "signal actions": kcmpSighand} {
-		sorted := slices.Clone(n.procs)
-		var failed error
-		slices.SortFunc(sorted, func(a, b *process) int {
-			order, err := kcmp(a.pid, b.pid, kind)
-			failed = errors.Join(failed, err)
-			return order
-		})
-		for i := 1; i < len(sorted); i++ {
-			same, err := kcmp(sorted[i-1].pid, sorted[i].pid, kind)
-			if failed = errors.Join(failed, err); failed != nil {
-				return failed
-			}
-			if same == 0 {
-				return fail.In(sorted[i].name(), fail.Refuse(what, "it is shared with "+sorted[i-1].name()+"; that is not supported yet", ""))
-			}
-		}
-	}
-	return nil
-}
-
-// checkThreads refuses threads that have parted from their process: with a
-// descriptor table or a place in the file system of their own.
-func (n *census) checkThreads() error {
-	for _, p := range n.procs {
-		for _, tid := range p.tids[1:] {
-			for what, kind := range map[string]uintptr{"descriptor table": kcmpFiles, "file system context": kcmpFS} {
-				order, err := kcmp(p.pid, tid, kind)
-				if err == nil && order != 0 {
-					err = fail.Refuse(fmt.Sprintf("thread (host %d)", tid), "it has a "+what+" of its own (unshare); that is not supported yet", "")
-				}
-				if err != nil {
-					return fail.In(p.name(), err)
-				}
-			}
-		}
-	}
-	return nil
-}
-
-// Types of kcmp(2).
-const (
-	kcmpVM      = 1
-	kcmpFiles   = 2
-	kcmpFS      = 3
-	kcmpSighand = 4
-)
-
-func kcmp(a, b int, kind uintptr) (int, error) {
-	if a == b {
-		return 0, nil
-	}
-	r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(a), uintptr(b), kind, 0, 0, 0)
-	if errno != 0 {
-		return 0, goneIs(a, fmt.Errorf("kcmp: %w", errno))
-	}
-	return [...]int{0, -1, 1, 1}[r&3], nil
 }
 
 // findZombies looks for children that have exited and wait to be reaped.

@@ -266,13 +266,23 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
-	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkThreads, n.checkNarrow, n.files.Fits} {
+	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkNarrow, n.files.Fits} {
 		if err := check(); err != nil {
 			return err
 		}
 	}
+	tree, err := n.tree()
+	if err == nil {
+		err = n.checkGrowth(&tree)
+	}
+	if err != nil {
+		return err
+	}
 	var size int64
 	for _, p := range n.procs {
+		if p.space.Pid != p.pid {
+			continue // counted where it was read
+		}
 		s, err := mm.Resident(p.pid)
 		if err != nil && !errors.Is(err, tracee.ErrGone) {
 			return err
@@ -300,7 +310,6 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		func() error { return n.findZombies(k.c) },
 		func() error { return n.checkRoots(k.c) },
 		n.checkSharing,
-		n.checkThreads,
 		n.files.Fits,
 	} {
 		if err := step(); err != nil {
@@ -308,6 +317,9 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		}
 	}
 	if k.tree, err = n.tree(); err != nil {
+		return err
+	}
+	if err := n.checkGrowth(&k.tree); err != nil {
 		return err
 	}
 	for _, p := range n.procs {
@@ -354,12 +366,18 @@ func (k *checkpoint) collectTask(p *process) error {
 			return err
 		}
 	}
+	n := k.census
+	p.hand, _ = once(n.found.hands, representative(n.sharing.hand, p.pid), func() (*object.Object, error) {
+		return &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}, nil
+	})
+	if p.space.Pid != p.pid {
+		return nil // another process's, too
+	}
 	if p.state.LockFuture {
 		if err := p.space.LockFuture(func(b *tracee.Batch) error { return p.live.Run(p.threads[0], b) }); err != nil {
 			return err
 		}
 	}
-	p.hand = &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}
 	if err := p.space.Policies(p.live, p.threads[0]); err != nil {
 		return err
 	}
@@ -417,17 +435,19 @@ func (k *checkpoint) writeObjects() error {
 	}
 	objects = append(objects, n.files.Objects()...)
 	for _, p := range n.procs {
-		objects = append(objects, p.fs, p.hand, &p.space.Object)
+		objects = append(append(objects, p.places...), p.hand, &p.space.Object)
 	}
 	for _, o := range objects {
+		if o == nil || o.Ref != 0 {
+			continue // none of its own, or shared and written
+		}
 		if err := o.Write(k.w); err != nil {
 			return err
 		}
 	}
 	for _, p := range n.procs {
-		t := p.state.Task
-		t.MM, t.Files, t.FS, t.Sighand = p.space.Ref, p.table.Ref, p.fs.Ref, p.hand.Ref
-		if err := k.w.Record(image.TypeTask, 0, t); err != nil {
+		n.noteTables(p)
+		if err := k.w.Record(image.TypeTask, 0, p.state.Task); err != nil {
 			return fail.In(p.name(), err)
 		}
 	}
@@ -463,6 +483,9 @@ func (k *checkpoint) savePages(save *mm.Saver) error {
 		}
 	}
 	for _, p := range k.census.procs {
+		if p.space.Pid != p.pid {
+			continue
+		}
 		if err := p.space.Save(save.For(p.space.Ref)); err != nil {
 			return fail.In(p.name(), err)
 		}

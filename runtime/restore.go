@@ -54,6 +54,7 @@ type restore struct {
 	stubs   map[int]*tracee.Stub // by pid inside the container
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
+	users   users
 	full    uint64 // the stubs' capabilities
 }
 
@@ -160,6 +161,7 @@ func (r *restore) create(context.Context) (err error) {
 		return err
 	}
 	r.stubs[r.made.initPid] = r.made.stub
+	r.users = countUsers(r.head.Tasks)
 	if r.full, err = task.Capabilities(r.made.stub.Pid); err != nil {
 		return err
 	}
@@ -220,19 +222,12 @@ func (r *restore) grow(context.Context) error {
 	return nil
 }
 
-func (r *restore) hierarchy() (all []forest.Process, reserved []int) {
-	for i := range r.head.Tree.Processes {
-		p := &r.head.Tree.Processes[i]
-		one := forest.Process{Pid: int(p.Pid), Ppid: int(p.Ppid), Pgid: int(p.Pgid), Sid: int(p.Sid), Zombie: p.Zombie}
-		if t := r.head.Task(p.Pid); t != nil {
-			one.Subreaper = t.Subreaper
-		}
-		all = append(all, one)
-		for _, tid := range p.Threads {
-			reserved = append(reserved, int(tid))
-		}
-	}
-	return all, reserved
+func (r *restore) hierarchy() ([]forest.Process, []int) {
+	return hierarchy(&r.head.Tree, func(p *forest.Process) {
+		t := r.head.Task(int32(p.Pid))
+		p.Subreaper = t.Subreaper
+		p.Shared = forest.Shared{forest.MM: int(t.MM), forest.Sighand: int(t.Sighand), forest.Files: int(t.Files), forest.FS: int(t.FS), forest.SemUndo: int(t.Threads[0].SemUndo)}
+	})
 }
 
 // steps makes a run of steps of one process as one batch.
@@ -254,7 +249,9 @@ func (r *restore) steps(steps []forest.Step) error {
 			if t := r.head.Task(int32(step.Child)); t != nil {
 				task.SlackForChild(&b, &t.Threads[0].Controls)
 			}
-			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child))
+			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child), cloneFlags(step.Tables))
+		case forest.Leave:
+			b.Add(unix.SYS_UNSHARE, tracee.W(cloneFlags(step.Tables)))
 		case forest.Setsid:
 			b.Add(unix.SYS_SETSID)
 		case forest.Setpgid:
@@ -318,26 +315,23 @@ func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub
 	return nil
 }
 
-// rebuild gives every task its address space, still empty, its descriptors and
-// its place in the file system.
+// rebuild gives every task its address space, still empty, and its descriptors.
 func (r *restore) rebuild(ctx context.Context) error {
 	return r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
-		if err := mm.Rebuild(s, r.head.MM(t.MM), r.maker); err != nil {
-			return err
+		if r.users.first(t.MM, "rebuild") {
+			if err := mm.Rebuild(s, r.head.MM(t.MM), r.maker); err != nil {
+				return err
+			}
+			if err := r.filler.Stub(t.MM, r.head.MM(t.MM), s); err != nil {
+				return err
+			}
 		}
-		if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
-			return err
+		if r.users.first(t.Files, "rebuild") {
+			if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
+				return err
+			}
 		}
-		if err := r.filler.Stub(t.MM, r.head.MM(t.MM), s); err != nil {
-			return err
-		}
-		if err := r.logIn(t, s); err != nil {
-			return err
-		}
-		var b tracee.Batch
-		file.RestoreFS(&b, r.head.FS(t.FS))
-		_, err := s.Run(&b)
-		return err
+		return r.logIn(t, s)
 	})
 }
 
@@ -446,16 +440,13 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	hand := r.head.Sighand(t.Sighand)
 	var b tracee.Batch
 	space := r.head.MM(t.MM)
-	if err := r.filler.Protect(s, &b, t.MM, space); err != nil {
-		return err
+	if r.users.first(t.MM, "finish") {
+		if err := r.filler.Protect(s, &b, t.MM, space); err != nil {
+			return err
+		}
 	}
-	r.maker.CloseTable(&b)
 	task.RestoreProcess(&b, t, hand)
-	for i := range t.Threads[1:] {
-		task.SlackForChild(&b, &t.Threads[1+i].Controls)
-		task.CloneThread(&b, t.Threads[1+i].Tid)
-	}
-	cloned, err := s.Run(&b)
+	threads, err := r.cloneThreads(t, s, &b)
 	if err == nil {
 		err = mm.CheckLocked(s.Pid, space)
 	}
@@ -467,17 +458,6 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	}
 	if err := task.RestoreCoredumpFilter(s.Pid, t.CoredumpFilter); err != nil {
 		return fmt.Errorf("coredump filter: %w", err)
-	}
-	threads := []*tracee.Stub{s}
-	for _, tid := range cloned {
-		child, err := s.NewChild(s.Pid, tid)
-		if err != nil {
-			return err
-		}
-		threads = append(threads, child)
-	}
-	if len(threads) != len(t.Threads) {
-		return fmt.Errorf("%d threads came to be instead of %d", len(threads), len(t.Threads))
 	}
 	r.threads[int(t.Pid)] = threads
 	for i := len(threads) - 1; i >= 0; i-- { // the leader last
@@ -514,8 +494,13 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 	if regs, err = task.RestoreRestart(s, rec.Restart, regs); err != nil {
 		return err
 	}
-	if i == 0 {
+	if i == 0 && r.users.done(t.Sighand) {
 		if err := task.RestoreTrap(s, hand); err != nil {
+			return err
+		}
+	}
+	if i == 0 && r.users.done(t.MM) {
+		if err := task.UnmapService(s); err != nil {
 			return err
 		}
 	}

@@ -584,6 +584,16 @@ func (m *Maker) Table(s *tracee.Stub, files *image.Files) error {
 	return nil
 }
 
+// OwnTable is Table for a thread that has begun with a copy of another's.
+func (m *Maker) OwnTable(s *tracee.Stub, files *image.Files) error {
+	var b tracee.Batch
+	b.Add(unix.SYS_CLOSE_RANGE, tracee.W(0), tracee.W(m.base-1), tracee.W(0))
+	if _, err := s.Run(&b); err != nil {
+		return err
+	}
+	return m.Table(s, files)
+}
+
 // CloseTable closes what a stub has above the numbers of its process. The init
 // stub's goes last, for it holds the pipes until they are filled.
 func (m *Maker) CloseTable(b *tracee.Batch) {

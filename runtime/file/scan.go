@@ -26,7 +26,7 @@ import (
 
 // Process is what the room needs to know of a process.
 type Process struct {
-	Pid   int // host
+	Pid   int // host; the tid of a thread with a table of its own
 	Inner int
 	Name  string // for messages
 }
@@ -94,19 +94,8 @@ func (s *seen) pair(key string) int64 {
 	return sec*1e9 + nsec
 }
 
-// own opens the same file description in this process (pidfd_getfd(2)).
-func (s *seen) own() (*os.File, error) {
-	pidfd, err := unix.PidfdOpen(s.proc.Pid, 0)
-	if err != nil {
-		return nil, fmt.Errorf("pidfd of task %d: %w", s.proc.Pid, err)
-	}
-	defer unix.Close(pidfd)
-	fd, err := unix.PidfdGetfd(pidfd, s.fd, 0)
-	if err != nil {
-		return nil, fmt.Errorf("pidfd_getfd: %w", err)
-	}
-	return os.NewFile(uintptr(fd), s.link), nil
-}
+// own opens the same file description in this process.
+func (s *seen) own() (*os.File, error) { return tracee.TakeFD(s.proc.Pid, s.fd) }
 
 // Description is one open file description and who holds it.
 type Description struct {

@@ -106,8 +106,8 @@ func RestoreThreadLast(b *tracee.Batch, pid int32, t *image.Thread) {
 	restorePending(b, pid, t.Tid, t.Pending, false)
 }
 
-// RestoreTrap gives a stub's process its own action for SIGTRAP and unmaps the
-// service area: the last two calls of a process, after which no batch can run.
+// RestoreTrap gives a stub's process its own action for SIGTRAP, after which no
+// batch can run: for the last process with these signal actions.
 func RestoreTrap(s *tracee.Stub, h *image.Sighand) error {
 	if err := s.Write(s.Scratch(), trapAction(h)); err != nil {
 		return err
@@ -115,6 +115,12 @@ func RestoreTrap(s *tracee.Stub, h *image.Sighand) error {
 	if _, err := s.Step(unix.SYS_RT_SIGACTION, uint64(unix.SIGTRAP), s.Scratch(), 0, sigsetSize); err != nil {
 		return fmt.Errorf("action of SIGTRAP: %w", err)
 	}
+	return nil
+}
+
+// UnmapService takes the service area away, the last call of the last process in
+// an address space.
+func UnmapService(s *tracee.Stub) error {
 	if _, err := s.Step(unix.SYS_MUNMAP, s.Service(), tracee.ServiceSize); err != nil {
 		return fmt.Errorf("unmap the service area: %w", err)
 	}
@@ -162,14 +168,16 @@ func robustList(tid int) (head, size uint64, err error) {
 	return head, size, nil
 }
 
-// CloneThread adds the clone3(2) of a further thread with a given id.
-func CloneThread(b *tracee.Batch, tid int32) {
-	clone(b, unix.CLONE_VM|unix.CLONE_FS|unix.CLONE_FILES|unix.CLONE_SIGHAND|unix.CLONE_THREAD|unix.CLONE_SYSVSEM, 0, tid)
+// CloneThread adds the clone3(2) of a further thread with a given id. share are
+// the flags of those of its tables that it can have of its own.
+func CloneThread(b *tracee.Batch, tid int32, share uint64) {
+	clone(b, unix.CLONE_VM|unix.CLONE_SIGHAND|unix.CLONE_THREAD|share, 0, tid)
 }
 
-// CloneProcess adds the clone3(2) of a child with a given pid.
-func CloneProcess(b *tracee.Batch, pid, exitSignal int32) {
-	clone(b, 0, uint64(exitSignal), pid)
+// CloneProcess adds the clone3(2) of a child with a given pid. share are the
+// flags of the tables that it has in common with its forker.
+func CloneProcess(b *tracee.Batch, pid, exitSignal int32, share uint64) {
+	clone(b, share, uint64(exitSignal), pid)
 }
 
 const cloneArgsSize = 88 // struct clone_args, version 2

@@ -370,14 +370,24 @@ func (b *Batch) nop() *Batch {
 // Take opens one of the stub's descriptors in this process as well
 // (pidfd_getfd(2)).
 func (s *Stub) Take(fd int) (*os.File, error) {
-	pidfd, err := unix.PidfdOpen(s.Pid, 0)
+	return TakeFD(s.Tid, fd)
+}
+
+// TakeFD opens a descriptor of a task in this process as well. A thread that
+// does not lead its process may have a table of its own, which takes a pidfd of
+// the thread (PIDFD_THREAD, Linux 6.9).
+func TakeFD(tid, fd int) (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(tid, 0)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		pidfd, err = unix.PidfdOpen(tid, unix.PIDFD_THREAD)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("pidfd of task %d: %w", s.Pid, err)
+		return nil, fmt.Errorf("pidfd of task %d: %w", tid, err)
 	}
 	defer unix.Close(pidfd)
 	n, err := unix.PidfdGetfd(pidfd, fd, 0)
 	if err != nil {
-		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, s.Pid, err)
+		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, tid, err)
 	}
-	return os.NewFile(uintptr(n), fmt.Sprintf("fd %d of task %d", fd, s.Pid)), nil
+	return os.NewFile(uintptr(n), fmt.Sprintf("fd %d of task %d", fd, tid)), nil
 }
