@@ -72,6 +72,7 @@ type checkpoint struct {
 	thaw    guardian.Entry
 	quota   []lifted
 	learned *learned
+	confine landlock
 
 	halt   *halt.Halt
 	census *census
@@ -148,6 +149,7 @@ func (k *checkpoint) close() {
 	if k.out != nil {
 		_ = k.out.Close()
 	}
+	k.confine.close()
 	if k.learned != nil {
 		k.learned.close()
 	}
@@ -175,6 +177,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	c, err := load(k.Root, k.ID)
 	k.c = c
 	if err == nil {
+		k.confine.expect(c)
 		k.learned = newLearned(k.Log)
 		err = k.expect()
 	}
@@ -266,7 +269,10 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
-	for _, check := range []func() error{func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkNarrow, n.files.Fits} {
+	for _, check := range []func() error{
+		func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkNarrow, n.files.Fits,
+		func() error { return k.confine.check(n, k.c.warn) },
+	} {
 		if err := check(); err != nil {
 			return err
 		}
@@ -311,6 +317,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		func() error { return n.checkRoots(k.c) },
 		n.checkSharing,
 		n.files.Fits,
+		func() error { return k.confine.check(n, k.c.warn) },
 	} {
 		if err := step(); err != nil {
 			return err
@@ -348,7 +355,7 @@ func (k *checkpoint) collectTask(p *process) error {
 	src := &task.Source{
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
-		Usual: k.c.usual, MayFlush: k.c.mayFlush, Also: p.space.AskPolicies(),
+		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: p.space.AskPolicies(),
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)
 			if err != nil {

@@ -38,7 +38,7 @@ type container struct {
 	maps        task.IDMaps
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 	usual       task.Usual
-	mayFlush    bool // its bundle gives CAP_SYS_RESOURCE
+	bounding    []string // capabilities that its bundle gives
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -163,7 +163,7 @@ func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err
 		return fail.On("bundle "+c.record.Bundle, err)
 	}
 	if caps := c.spec.Process.Capabilities; caps != nil {
-		c.mayFlush = slices.Contains(caps.Bounding, "CAP_SYS_RESOURCE")
+		c.bounding = caps.Bounding
 	}
 	c.record.Annotations = c.spec.Annotations
 	c.record.Config, err = json.Marshal(config)

@@ -1,6 +1,6 @@
 // Package bpf asks the kernel about stopped tasks what no system call tells: a
 // program of a few instructions is run by the kernel for every task (a task
-// iterator, Linux 5.8) and prints a line for each that this process traces. One
+// iterator, Linux 5.8) and prints a line for each that the question is about. One
 // file asks one question. The programs are assembled here; where a field lies in
 // a structure of the running kernel its own type information (BTF) tells.
 //
@@ -37,10 +37,10 @@ type Question struct {
 // kernel knows the structures of the running kernel.
 type kernel struct{ spec *btf.Spec }
 
-// load assembles the body of a question between a prologue that leaves out every
-// task but those we trace and the end. The body finds the task in R7 and the
-// sequence file to print to in R9, and may use everything but these.
-func load(name string, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
+// load assembles the body of a question between a prologue, which says about
+// whom it is, and the end. The body finds the task in R7 and the sequence file
+// to print to in R9, and may use everything but these.
+func load(name string, whom, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
 	if off {
 		return nil, ErrOff
 	}
@@ -49,7 +49,7 @@ func load(name string, body func(k *kernel) (asm.Instructions, error)) (*Questio
 		return nil, fmt.Errorf("type information of the kernel: %w", err)
 	}
 	k := &kernel{spec}
-	begin, err := k.traced()
+	begin, err := whom(k)
 	if err != nil {
 		return nil, err
 	}
@@ -96,10 +96,21 @@ func (q *Question) ask(f func(fields [][]byte) error) error {
 
 const endOfProgram = "end"
 
-// traced is the prologue. The iterator's context holds where to print to and the
-// task, which is nil at the end. Who reads is told by the pid that BPF itself
-// uses, as ours may be another in a pid namespace.
+// everyone is the prologue of a question about every task. The iterator's context
+// holds where to print to and the task, which is nil at the end.
+func (k *kernel) everyone() (asm.Instructions, error) {
+	return asm.Instructions{
+		asm.LoadMem(asm.R7, asm.R1, 8, asm.DWord),
+		asm.JEq.Imm(asm.R7, 0, endOfProgram),
+		asm.LoadMem(asm.R9, asm.R1, 0, asm.DWord), // meta
+		asm.LoadMem(asm.R9, asm.R9, 0, asm.DWord), // meta->seq
+	}, nil
+}
+
+// traced is the prologue of one about the threads that we trace. Who we are is
+// told by the pid that BPF itself uses, as ours may be another in a namespace.
 func (k *kernel) traced() (asm.Instructions, error) {
+	ins, _ := k.everyone()
 	ptrace, err := k.offset("task_struct", "ptrace")
 	if err != nil {
 		return nil, err
@@ -109,22 +120,15 @@ func (k *kernel) traced() (asm.Instructions, error) {
 		return nil, err
 	}
 	tgid, err := k.offset("task_struct", "tgid")
-	if err != nil {
-		return nil, err
-	}
-	return asm.Instructions{
-		asm.LoadMem(asm.R7, asm.R1, 8, asm.DWord),
-		asm.JEq.Imm(asm.R7, 0, endOfProgram),
+	return append(ins,
 		asm.LoadMem(asm.R2, asm.R7, int16(ptrace), asm.Word),
 		asm.JEq.Imm(asm.R2, 0, endOfProgram),
-		asm.LoadMem(asm.R9, asm.R1, 0, asm.DWord), // meta
-		asm.LoadMem(asm.R9, asm.R9, 0, asm.DWord), // meta->seq
 		asm.LoadMem(asm.R2, asm.R7, int16(parent), asm.DWord),
 		asm.LoadMem(asm.R8, asm.R2, int16(tgid), asm.Word),
 		asm.FnGetCurrentPidTgid.Call(),
 		asm.RSh.Imm(asm.R0, 32),
 		asm.JNE.Reg(asm.R0, asm.R8, endOfProgram),
-	}, nil
+	), err
 }
 
 // offset finds a member of a structure, through structures without a name.
