@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 )
 
@@ -12,6 +13,7 @@ const (
 	siginfoSize = 128     // sizeof(siginfo_t)
 	maxPending  = 1 << 16 // queued signals; RLIMIT_SIGPENDING bounds them per user
 	maxTimers   = 1 << 16
+	maxTimerID  = 1 << 22 // each costs two calls on kernels that do not take an id
 	maxGroups   = 1 << 16 // NGROUPS_MAX
 	maxLimits   = 64      // RLIM_NLIMITS is 16
 	maxXState   = 64 << 10
@@ -99,7 +101,7 @@ func checkPending(queue [][]byte) error {
 // ids are unique in a process because timer_create(2) handed them out.
 func checkTimers(t *Task) error {
 	for _, it := range t.ITimers {
-		if it.Which < 0 || it.Which > 2 || it.Interval < 0 || it.Value < 0 {
+		if it.Which < 0 || it.Which > 2 || !validMicros(it.Interval) || !validMicros(it.Value) {
 			return fmt.Errorf("interval timer %d is not valid", it.Which)
 		}
 	}
@@ -107,13 +109,18 @@ func checkTimers(t *Task) error {
 	for _, pt := range t.Timers {
 		// With SIGEV_NONE the kernel keeps any number as the signal.
 		signal := pt.Notify == sigevNone || validSignal(pt.Signal)
-		if pt.ID < 0 || ids[pt.ID] || pt.Interval < 0 || pt.Left < 0 || !signal {
+		times := pt.Interval >= 0 && pt.Left >= 0 && pt.Deadline >= 0 && pt.Overrun >= 0 &&
+			(pt.Overrun == 0 || pt.Interval <= math.MaxInt64/(pt.Overrun+1))
+		if pt.ID < 0 || pt.ID > maxTimerID || ids[pt.ID] || !times || !signal {
 			return fmt.Errorf("posix timer %d is not valid", pt.ID)
 		}
 		ids[pt.ID] = true
 	}
 	return nil
 }
+
+// validMicros accepts what is a time in nanoseconds, too.
+func validMicros(v int64) bool { return v >= 0 && v <= math.MaxInt64/1000 }
 
 func (b *builder) checkThread(t *Thread) error {
 	switch {

@@ -212,7 +212,9 @@ type PosixTimer struct {
 	Value    uint64 `cbor:"5,keyasint"` // sigev_value
 	Tid      int32  `cbor:"6,keyasint,omitempty"`
 	Interval int64  `cbor:"7,keyasint"`
-	Left     int64  `cbor:"8,keyasint"` // zero: disarmed
+	Left     int64  `cbor:"8,keyasint"`            // zero: disarmed
+	Deadline int64  `cbor:"9,keyasint,omitempty"`  // by wall clock, where it was set to that
+	Overrun  int64  `cbor:"10,keyasint,omitempty"` // expiries since its signal, which is pending, was queued
 }
 
 // Thread is one thread of a task.

@@ -3,6 +3,7 @@ package integration
 import (
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestTimeLeft checkpoints programs in the middle of calls that last seconds, so
@@ -31,6 +32,42 @@ func TestTimeLeft(t *testing.T) {
 			}
 			cycle(k, 1)
 			k.progress(80) // until the longest calls have ended
+		})
+	}
+}
+
+// TestTimers takes timers of every clock and kind through two restores and a
+// checkpoint that leaves them running; the wall clock goes on in between. Where
+// the kernel's memory cannot be read, or timers get their ids from the kernel,
+// all the same but for what is said to be lost.
+func TestTimers(t *testing.T) {
+	for _, c := range []struct {
+		name, off string
+		args      []string
+		warned    bool
+	}{
+		{"exact", "", nil, false},
+		{"without BPF", "OCICKPT_NO_BPF", []string{"late"}, true},
+		{"without timer ids", "OCICKPT_NO_TIMER_IDS", nil, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.off != "" {
+				t.Setenv(c.off, "1")
+			}
+			k := newContainer(t, withReport("timers"), withArgs(append([]string{"/bin/timers"}, c.args...)...)).run()
+			k.progress(20)
+			for range 2 {
+				r := k.checkpoint()
+				if warned := strings.Contains(r.stderr, "is not known; it keeps the time that was left"); warned != c.warned {
+					t.Errorf("warned of a time that is not known: %v\n%s", warned, r.stderr)
+				}
+				k.mustBeGone()
+				time.Sleep(700 * time.Millisecond)
+				k.restore()
+				k.progress(30)
+			}
+			k.checkpoint("--leave-running")
+			k.progress(60)
 		})
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/fault"
 	"github.com/ocickpt/ocickpt/runtime/guardian"
@@ -362,6 +363,11 @@ func (k *checkpoint) collectTask(p *process) error {
 				return 0
 			}
 			return task.Innermost(s.NSpid)
+		},
+		Timers: func() (map[int32]bpf.Timer, bool) { return k.learned.timersOf(p.pid) },
+		Exists: func(inner int) bool {
+			return slices.ContainsFunc(k.census.procs, func(other *process) bool { return other.inner == inner }) ||
+				slices.ContainsFunc(k.census.zombies, func(z image.Process) bool { return int(z.Pid) == inner })
 		},
 	}
 	var err error

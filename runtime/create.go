@@ -37,6 +37,8 @@ type made struct {
 	filters [][]byte
 	// identity is who the bundle's own process would be.
 	identity file.Identity
+	// offsets are those of its clocks from the host's.
+	offsets  map[int32]int64
 	mayLogIn error // why its tasks may not have login uids of their own
 }
 

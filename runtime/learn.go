@@ -8,64 +8,95 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
-// learned is what only the kernel's memory tells of the stopped threads. The
-// means to read it take long to make: that is done while the container runs, if
-// a look at what its threads wait for says that it will be needed.
+// learned is what only the kernel's memory tells of stopped tasks. The means to
+// read it take long to make: that is done while the container runs, if a look at
+// its tasks says that it will be needed.
 type learned struct {
-	log      *slog.Logger
-	loading  sync.Once
-	ready    sync.WaitGroup
-	question *bpf.Question
-	err      error
+	log            *slog.Logger
+	blocks, timers question
+	allBlocks      func() map[int]bpf.RestartBlock
+}
 
-	blocks func() map[int]bpf.RestartBlock
+// question is one that is loaded in time if it is expected, else when it is asked.
+type question struct {
+	load func() (*bpf.Question, error)
+	once sync.Once
+	wait sync.WaitGroup
+	q    *bpf.Question
+	err  error
+}
+
+func (q *question) ready() (*bpf.Question, error) {
+	q.once.Do(func() { q.q, q.err = q.load() })
+	return q.q, q.err
+}
+
+func (q *question) expect() { q.wait.Go(func() { _, _ = q.ready() }) }
+
+func (q *question) close() {
+	q.wait.Wait()
+	if q.q != nil {
+		_ = q.q.Close()
+	}
 }
 
 func newLearned(log *slog.Logger) *learned {
-	l := &learned{log: log}
-	l.blocks = sync.OnceValue(l.ask)
+	l := &learned{log: log, blocks: question{load: bpf.RestartBlocks}, timers: question{load: bpf.Timers}}
+	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
+		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
+	})
 	return l
-}
-
-func (l *learned) load() {
-	l.loading.Do(func() { l.question, l.err = bpf.RestartBlocks() })
-}
-
-func (l *learned) close() {
-	l.ready.Wait()
-	if l.question != nil {
-		_ = l.question.Close()
-	}
 }
 
 // expect looks at the running threads of pids and begins to prepare.
 func (l *learned) expect(pids []int) {
+	var blocks, timers bool
 	for _, pid := range pids {
+		timers = timers || task.HasTimers(pid)
 		tids, _ := task.Threads(pid)
 		for _, tid := range tids {
-			if task.AsksForBlock(tid) {
-				l.ready.Go(l.load)
-				return
-			}
+			blocks = blocks || task.AsksForBlock(tid)
 		}
+	}
+	if blocks {
+		l.blocks.expect()
+	}
+	if timers {
+		l.timers.expect()
 	}
 }
 
-// ask reads every restart block at once. Without an answer the caller warns.
-func (l *learned) ask() (blocks map[int]bpf.RestartBlock) {
-	l.load()
-	err := l.err
+// ready waits until all that was expected is there.
+func (l *learned) ready() {
+	l.blocks.wait.Wait()
+	l.timers.wait.Wait()
+}
+
+func (l *learned) close() {
+	l.blocks.close()
+	l.timers.close()
+}
+
+// ask asks. Without an answer the caller warns.
+func ask[T any](l *learned, q *question, f func(*bpf.Question) (T, error)) (answer T) {
+	loaded, err := q.ready()
 	if err == nil {
-		blocks, err = l.question.RestartBlocks()
+		answer, err = f(loaded)
 	}
 	if err != nil {
-		l.log.Debug("restart blocks cannot be read", "error", err)
+		l.log.Debug("tasks cannot be read by BPF", "error", err)
 	}
-	return blocks
+	return answer
 }
 
 // block is the restart block of a stopped thread.
 func (l *learned) block(tid int) (bpf.RestartBlock, bool) {
-	b, ok := l.blocks()[tid]
+	b, ok := l.allBlocks()[tid]
 	return b, ok
+}
+
+// timersOf is what the kernel knows of a process's timers now.
+func (l *learned) timersOf(pid int) (map[int32]bpf.Timer, bool) {
+	all := ask(l, &l.timers, (*bpf.Question).Timers)
+	return all[pid], all != nil
 }

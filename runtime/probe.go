@@ -87,7 +87,7 @@ func features() []probe {
 		{ProbeResult: feature("time namespace", "5.6", false, "CLOCK_MONOTONIC and CLOCK_BOOTTIME jump at a restore"), in: (*probeTask).probeTimeNamespace},
 		{ProbeResult: feature("ARCH_MAP_VDSO_64", "4.8", required, "no restore: the vdso's address"), in: (*probeTask).probeMapVDSO},
 		{ProbeResult: feature("PR_SET_MM_MAP", "3.18", required, "no restore: heap, arguments, /proc/PID/exe"), here: probeSetMM},
-		{ProbeResult: feature("PR_TIMER_CREATE_RESTORE_IDS", "6.15", false, "programs with timers of timer_create(2) are not restored"), here: probeTimerIDs},
+		{ProbeResult: feature("PR_TIMER_CREATE_RESTORE_IDS", "6.15", false, "slower: timers get their ids by using up those before"), here: probeTimerIDs},
 		{ProbeResult: feature("MFD_EXEC", "6.3", false, "nothing: before it every memfd can be executed"), here: probeMemfdExec},
 		{ProbeResult: feature("PIDFD_THREAD", "6.9", false, "nothing yet: for threads with files of their own"), here: probePidfdThread},
 		{ProbeResult: feature("/dev/userfaultfd", "6.1", false, "nothing yet: for memory copied while a container runs"), here: probeUserfaultfdDevice},

@@ -16,6 +16,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/fault"
 	"github.com/ocickpt/ocickpt/runtime/file"
@@ -43,6 +44,7 @@ type RestoreOptions struct {
 type restore struct {
 	RestoreOptions
 	report Report
+	begin  time.Time
 	guard  *guardian.Guardian
 	in     *image.Reader
 	head   *image.Head
@@ -71,7 +73,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	defer goruntime.UnlockOSThread()
 	begin := time.Now()
 	r := &restore{
-		RestoreOptions: o, in: image.NewReader(o.Image), filler: mm.NewFiller(),
+		RestoreOptions: o, begin: begin, in: image.NewReader(o.Image), filler: mm.NewFiller(),
 		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{},
 	}
 	defer r.close()
@@ -162,6 +164,11 @@ func (r *restore) create(context.Context) (err error) {
 	}
 	r.stubs[r.made.initPid] = r.made.stub
 	r.users = countUsers(r.head.Tasks)
+	mono, boot, err := nsutil.TimeOffsets(r.made.stub.Pid)
+	if err != nil {
+		return err
+	}
+	r.made.offsets = map[int32]int64{unix.CLOCK_MONOTONIC: mono, unix.CLOCK_BOOTTIME: boot}
 	if r.full, err = task.Capabilities(r.made.stub.Pid); err != nil {
 		return err
 	}
@@ -478,12 +485,22 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 		r.Log.Warn("parent death signal of the container's init is dropped", "signal", rec.PDeathSig)
 		rec.PDeathSig = 0
 	}
+	clocks := r.clocks()
 	var b tracee.Batch
 	task.RestoreThread(&b, rec, r.full, r.made.filters)
-	if i == 0 {
-		task.RestoreLast(&b, t)
+	if i == 0 && len(t.Timers) > 0 {
+		if _, err := s.Run(&b); err != nil {
+			return task.Explain(err)
+		}
+		b.Reset()
+		if err := task.RestoreTimers(s, t, clocks); err != nil {
+			return fmt.Errorf("timers: %w", err)
+		}
 	}
-	task.RestoreThreadLast(&b, t.Pid, rec)
+	if i == 0 {
+		task.RestoreLast(&b, t, clocks)
+	}
+	task.RestoreThreadLast(&b, t, i)
 	if _, err := s.Run(&b); err != nil {
 		return task.Explain(err)
 	}
@@ -491,7 +508,7 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 	if err != nil {
 		return err
 	}
-	if regs, err = task.RestoreRestart(s, rec.Restart, regs); err != nil {
+	if regs, err = task.RestoreRestart(s, rec.Restart, regs, clocks); err != nil {
 		return err
 	}
 	if i == 0 && r.users.done(t.Sighand) {
@@ -505,6 +522,22 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 		}
 	}
 	return task.RestoreRegisters(s, rec, regs)
+}
+
+// clocks reads how far the container's clocks have gone since the checkpoint. If
+// they do not go on from there, there being no time namespace, nothing counts as
+// passed.
+func (r *restore) clocks() *task.Clocks {
+	now := func(id int32) int64 {
+		var ts unix.Timespec
+		_ = unix.ClockGettime(id, &ts) // a timer has been made on it
+		return ts.Nano() + r.made.offsets[id]
+	}
+	passed := now(unix.CLOCK_MONOTONIC) - r.head.Container.Monotonic
+	if passed < 0 || passed > int64(time.Since(r.begin)) {
+		passed = 0
+	}
+	return &task.Clocks{Now: now, Passed: passed}
 }
 
 // endZombies lets those exit whose parents have not reaped them yet. From then

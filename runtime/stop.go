@@ -13,7 +13,7 @@ import (
 
 // stop brings the container to rest.
 func (k *checkpoint) stop(ctx context.Context) error {
-	k.learned.ready.Wait()
+	k.learned.ready()
 	if err := k.liftQuota(); err != nil {
 		return err
 	}

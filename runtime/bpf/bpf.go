@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -94,6 +95,22 @@ func (q *Question) ask(f func(fields [][]byte) error) error {
 	return nil
 }
 
+// numbers reads the n fields of a line.
+func numbers(fields [][]byte, n int) ([]int64, error) {
+	if len(fields) != n {
+		return nil, fmt.Errorf("%d fields instead of %d", len(fields), n)
+	}
+	values := make([]int64, n)
+	for i, f := range fields {
+		v, err := strconv.ParseInt(string(f), 10, 64)
+		if err != nil {
+			return nil, err
+		}
+		values[i] = v
+	}
+	return values, nil
+}
+
 const endOfProgram = "end"
 
 // everyone is the prologue of a question about every task. The iterator's context
@@ -111,20 +128,14 @@ func (k *kernel) everyone() (asm.Instructions, error) {
 // told by the pid that BPF itself uses, as ours may be another in a namespace.
 func (k *kernel) traced() (asm.Instructions, error) {
 	ins, _ := k.everyone()
-	ptrace, err := k.offset("task_struct", "ptrace")
-	if err != nil {
-		return nil, err
-	}
-	parent, err := k.offset("task_struct", "parent")
-	if err != nil {
-		return nil, err
-	}
-	tgid, err := k.offset("task_struct", "tgid")
+	at, err := k.offsets(map[string][]string{
+		"ptrace": {"task_struct", "ptrace"}, "parent": {"task_struct", "parent"}, "tgid": {"task_struct", "tgid"},
+	})
 	return append(ins,
-		asm.LoadMem(asm.R2, asm.R7, int16(ptrace), asm.Word),
+		asm.LoadMem(asm.R2, asm.R7, int16(at["ptrace"]), asm.Word),
 		asm.JEq.Imm(asm.R2, 0, endOfProgram),
-		asm.LoadMem(asm.R2, asm.R7, int16(parent), asm.DWord),
-		asm.LoadMem(asm.R8, asm.R2, int16(tgid), asm.Word),
+		asm.LoadMem(asm.R2, asm.R7, int16(at["parent"]), asm.DWord),
+		asm.LoadMem(asm.R8, asm.R2, int16(at["tgid"]), asm.Word),
 		asm.FnGetCurrentPidTgid.Call(),
 		asm.RSh.Imm(asm.R0, 32),
 		asm.JNE.Reg(asm.R0, asm.R8, endOfProgram),
@@ -144,6 +155,19 @@ func (k *kernel) offset(name string, path ...string) (int32, error) {
 			return 0, fmt.Errorf("structure %s of this kernel has no %v", name, path)
 		}
 		at, t = at+off, m
+	}
+	return at, nil
+}
+
+// offsets finds many, each by the name of a structure and the path in it.
+func (k *kernel) offsets(wanted map[string][]string) (map[string]int32, error) {
+	at := map[string]int32{}
+	for name, path := range wanted {
+		off, err := k.offset(path[0], path[1:]...)
+		if err != nil {
+			return nil, err
+		}
+		at[name] = off
 	}
 	return at, nil
 }

@@ -2,7 +2,6 @@ package bpf
 
 import (
 	"errors"
-	"strconv"
 
 	"github.com/cilium/ebpf/asm"
 )
@@ -48,22 +47,18 @@ func restartBlocks(k *kernel) (asm.Instructions, error) {
 		{[]string{"poll", "tv_sec"}, asm.DWord},
 		{[]string{"poll", "tv_nsec"}, asm.DWord},
 	}
-	pid, err := k.offset("task_struct", "pid")
-	if err != nil {
-		return nil, err
-	}
-	at, err := k.offset("task_struct", "restart_block")
+	task, err := k.offsets(map[string][]string{"pid": {"task_struct", "pid"}, "block": {"task_struct", "restart_block"}})
 	if err != nil {
 		return nil, err
 	}
 	data := int16(block - 8*(len(fields)+1))
 	ins := asm.Instructions{
-		asm.Mov.Reg(asm.R3, asm.R7), asm.Add.Imm(asm.R3, at),
+		asm.Mov.Reg(asm.R3, asm.R7), asm.Add.Imm(asm.R3, task["block"]),
 		asm.Mov.Reg(asm.R1, asm.RFP), asm.Add.Imm(asm.R1, block),
 		asm.Mov.Imm(asm.R2, blockSize),
 		asm.FnProbeReadKernel.Call(),
 		asm.JNE.Imm(asm.R0, 0, endOfProgram),
-		asm.LoadMem(asm.R1, asm.R7, int16(pid), asm.Word),
+		asm.LoadMem(asm.R1, asm.R7, int16(task["pid"]), asm.Word),
 		asm.StoreMem(asm.RFP, data, asm.R1, asm.DWord),
 	}
 	for i, f := range fields {
@@ -88,18 +83,16 @@ func (q *Question) RestartBlocks() (map[int]RestartBlock, error) {
 		if len(f) != 9 {
 			return errors.New("not the line of a restart block")
 		}
-		var errs error
-		number := func(b []byte) int64 {
-			n, err := strconv.ParseInt(string(b), 10, 64)
-			errs = errors.Join(errs, err)
-			return n
+		n, err := numbers(append(f[:1:1], f[2:]...), 8) // all but the name
+		if err != nil {
+			return err
 		}
 		b := RestartBlock{Fn: string(f[1])}
-		b.Nanosleep.Clock, b.Nanosleep.Remainder, b.Nanosleep.Expires = int32(number(f[2])), uint64(number(f[3])), number(f[4])
-		b.Futex.Expires = number(f[5])
-		b.Poll.Timed, b.Poll.Expires = number(f[6]) != 0, number(f[7])*1e9+number(f[8])
-		blocks[int(number(f[0]))] = b
-		return errs
+		b.Nanosleep.Clock, b.Nanosleep.Remainder, b.Nanosleep.Expires = int32(n[1]), uint64(n[2]), n[3]
+		b.Futex.Expires = n[4]
+		b.Poll.Timed, b.Poll.Expires = n[5] != 0, n[6]*1e9+n[7]
+		blocks[int(n[0])] = b
+		return nil
 	})
 	return blocks, err
 }

@@ -7,13 +7,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 func TestRestartBlocks(t *testing.T) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	lock(t)
 	q, err := RestartBlocks()
 	if err != nil {
 		t.Fatal(err)
@@ -25,16 +22,7 @@ func TestRestartBlocks(t *testing.T) {
 	if blocks, err := q.RestartBlocks(); err != nil || len(blocks) != 0 {
 		t.Errorf("nobody is traced: %v, %v", blocks, err)
 	}
-	th, err := tracee.Seize(pid, pid, tracee.LiveOptions)
-	if err == nil {
-		err = th.Interrupt()
-	}
-	if err == nil {
-		err = th.WaitInterrupt(time.Second)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	traced(t, pid)
 	stopped := monotonic()
 	blocks, err := q.RestartBlocks()
 	if err != nil {
@@ -50,6 +38,12 @@ func TestRestartBlocks(t *testing.T) {
 	if e := time.Duration(b.Nanosleep.Expires); e < started+length || e > stopped+length+time.Millisecond {
 		t.Errorf("the sleep ends at %v, want between %v and %v", e, started+length, stopped+length)
 	}
+}
+
+// lock keeps a test on one thread: a tracer is a thread (ptrace(2)).
+func lock(t *testing.T) {
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
 }
 
 func monotonic() time.Duration {

@@ -37,6 +37,10 @@ type Source struct {
 	Now int64
 	// Block reads a thread's restart block out of the kernel, where it can.
 	Block func(tid int) (bpf.RestartBlock, bool)
+	// Timers reads what the kernel knows of the process's timers, where it can.
+	Timers func() (map[int32]bpf.Timer, bool)
+	// Exists tells of a pid inside whether the container has a process with it.
+	Exists func(inner int) bool
 	// Warn notes what could not be found out, or is not saved.
 	Warn func(format string, args ...any)
 }
@@ -50,6 +54,7 @@ type State struct {
 	LockFuture bool
 
 	hasLDT func() bool
+	asked  int64 // CLOCK_MONOTONIC when the process had told what time its timers had left
 }
 
 const statExitSignal = 38 // field of /proc/PID/stat
@@ -70,7 +75,21 @@ func (s *Source) Collect() (*State, error) {
 			return nil, err
 		}
 	}
-	return st, s.askAlso()
+	if err := s.askAlso(); err != nil {
+		return nil, err
+	}
+	if err := s.readPending(st.Task); err != nil {
+		return nil, err
+	}
+	read := monotonicNow()
+	settleITimers(st.Task, st.asked-s.Now, read-st.asked)
+	return st, s.settleTimers(st.Task, st.asked, read)
+}
+
+func monotonicNow() int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // cannot fail
+	return ts.Nano()
 }
 
 // askAlso asks the rest of other rooms' questions, if there are so many.
@@ -92,9 +111,6 @@ func (s *Source) outside(t *image.Task) (err error) {
 		return err
 	}
 	if t.Timers, err = posixTimers(s.Pid, s.InnerTid); err != nil {
-		return err
-	}
-	if t.Pending, err = s.Threads[0].PendingSignals(true); err != nil {
 		return err
 	}
 	if t.OOMScoreAdj, err = OOMScoreAdj(s.Pid); err != nil {
@@ -140,6 +156,9 @@ func (s *Source) thread(i int, st *State) error {
 	}
 	if err := s.Live.Run(t, &b); err != nil {
 		return fail.On(fmt.Sprintf("thread %d", rec.Tid), noRoom(err))
+	}
+	if i == 0 {
+		st.asked = monotonicNow()
 	}
 	for _, f := range done {
 		f()
@@ -199,9 +218,6 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	rec.Creds = credentials(status, s.Maps)
 	rec.SeccompMode = status.Seccomp
 	if rec.Seccomp, err = seccompFilters(t, status.Seccomp); err != nil {
-		return err
-	}
-	if rec.Pending, err = t.PendingSignals(false); err != nil {
 		return err
 	}
 	if err = status.Foreign(); err != nil {

@@ -144,15 +144,15 @@ func sleepCall(b *bpf.RestartBlock, nr uint64, args [6]uint64) uint64 {
 	return unix.SYS_NANOSLEEP
 }
 
-// clock reads a clock at the stop. The monotonic one is that of the record of
-// the container's clocks, with which the times left go together.
+// clock tells what a clock showed at Now, when the container's clocks were
+// recorded: the times left go together with these.
 func (s *Source) clock(id int32) int64 {
 	if id == unix.CLOCK_MONOTONIC {
 		return s.Now
 	}
 	var ts unix.Timespec
 	_ = unix.ClockGettime(id, &ts) // the thread sleeps by it, so it is one
-	return ts.Nano()
+	return ts.Nano() - (monotonicNow() - s.Now)
 }
 
 // cpuClock reads the cpu clock of the whole process, by whatever name one of its
@@ -261,24 +261,33 @@ func readTimespec(t *tracee.Thread, addr uint64) (int64, error) {
 	return pair(b[:], second), nil
 }
 
+// cpuTime reports a clock that counts the time on a processor.
+func cpuTime(id int32) bool {
+	return id < 0 || id == unix.CLOCK_PROCESS_CPUTIME_ID || id == unix.CLOCK_THREAD_CPUTIME_ID
+}
+
 // RestoreRestart makes the kernel build the thread's restart block, and gives
 // back the registers it is to be released with: those of the image, unless the
 // call has meanwhile ended of its own accord, because what it waited for has
 // happened. Memory must be in place, and no timed call may follow.
-func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs) (tracee.Regs, error) {
+func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs, c *Clocks) (tracee.Regs, error) {
 	if rec == nil {
 		return r, nil
 	}
 	args, scratch := r.Args(), s.Scratch()
-	timespec := unpair(max(rec.Left, 0), second)
+	left := rec.Left
+	if left >= 0 && !(rec.Nr == unix.SYS_CLOCK_NANOSLEEP && cpuTime(int32(args[0]))) {
+		left = max(left-c.Passed, 0)
+	}
+	timespec := unpair(max(left, 0), second)
 	switch rec.Nr {
 	case unix.SYS_NANOSLEEP:
 		args[0] = scratch
 	case unix.SYS_CLOCK_NANOSLEEP:
 		args[2] = scratch
 	case unix.SYS_POLL:
-		if rec.Left >= 0 {
-			args[2] = uint64((rec.Left + int64(time.Millisecond) - 1) / int64(time.Millisecond))
+		if left >= 0 {
+			args[2] = uint64((left + int64(time.Millisecond) - 1) / int64(time.Millisecond))
 		}
 	case unix.SYS_FUTEX:
 		if args[1]&futexCommand == futexWait {

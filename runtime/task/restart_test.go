@@ -27,7 +27,7 @@ func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration, question
 	if AsksForBlock(pid) == toldByCall(nr, callArgs(t, pid)) {
 		t.Errorf("asks for the restart block: %v", AsksForBlock(pid))
 	}
-	started := monotonic()
+	started := monotonicNow()
 	for _, in := range []uint64{nr, unix.SYS_RESTART_SYSCALL} {
 		th := stop(t, pid, pid)
 		r, err := th.Regs()
@@ -40,7 +40,7 @@ func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration, question
 		for _, known := range []bool{true, false} {
 			warned := false
 			src := &Source{
-				Pid: pid, Now: monotonic(), InnerTid: func(host int) int { return host },
+				Pid: pid, Now: monotonicNow(), InnerTid: func(host int) int { return host },
 				Block: func(tid int) (bpf.RestartBlock, bool) { b, ok := blocks[tid]; return b, ok && known },
 				Warn:  func(string, ...any) { warned = true },
 			}
@@ -64,12 +64,6 @@ func restartTwice(t *testing.T, pid int, nr uint64, left time.Duration, question
 			t.Error("restart_syscall does not ask for the restart block")
 		}
 	}
-}
-
-func monotonic() int64 {
-	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return ts.Nano()
 }
 
 // callArgs are the arguments of the call that a thread sleeps in.
@@ -191,7 +185,7 @@ func TestRestoreRestart(t *testing.T) {
 		var r tracee.Regs // every call from the thread that traces: no t.Run
 		r.Rdi, r.Rsi, r.Rdx, r.R10 = c.args[0], c.args[1], c.args[2], c.args[3]
 		r.Orig_rax, r.Rax, r.Rip = unix.SYS_RESTART_SYSCALL, ^uint64(515), 0x1234
-		got, err := RestoreRestart(s, &c.rec, r)
+		got, err := RestoreRestart(s, &c.rec, r, &Clocks{Passed: 1e9})
 		check(t, err)
 		nr := ^uint64(0) // it has ended
 		if c.result == -516 {
@@ -201,10 +195,10 @@ func TestRestoreRestart(t *testing.T) {
 			t.Errorf("%+v: registers %+v", c.rec, got)
 		}
 	}
-	if got, err := RestoreRestart(s, nil, tracee.Regs{}); err != nil || got != (tracee.Regs{}) {
+	if got, err := RestoreRestart(s, nil, tracee.Regs{}, nil); err != nil || got != (tracee.Regs{}) {
 		t.Errorf("nothing to restart: %+v, %v", got, err)
 	}
-	if _, err := RestoreRestart(s, &image.Restart{Nr: unix.SYS_READ}, tracee.Regs{}); err == nil {
+	if _, err := RestoreRestart(s, &image.Restart{Nr: unix.SYS_READ}, tracee.Regs{}, &Clocks{}); err == nil {
 		t.Error("read(2) was given a restart block")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"unsafe"
 
@@ -88,22 +89,33 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, full uint64, installed [][]
 	}
 }
 
-// RestoreLast adds the calls that come when every thread of the process stands:
-// what runs by itself, and what a change of credentials resets.
-func RestoreLast(b *tracee.Batch, t *image.Task) {
+// RestoreLast adds the calls that come when every thread of the process stands
+// and its timers do: what runs by itself, and what a change of credentials
+// resets.
+func RestoreLast(b *tracee.Batch, t *image.Task, c *Clocks) {
 	if t.Dumpable != dumpableByKernel {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(t.Dumpable))
 	}
 	restoreMDWE(b, t)
-	restoreTimers(b, t.Timers)
-	restorePending(b, t.Pid, t.Pid, t.Pending, true)
-	restoreITimers(b, t.ITimers)
+	expire := func(id int32) {
+		i := slices.IndexFunc(t.Timers, func(pt image.PosixTimer) bool { return pt.ID == id })
+		expireTimer(b, &t.Timers[i], c)
+	}
+	restorePending(b, t, 0, t.Pending, expire)
+	for i := range t.Threads { // the timers' only: they exist from now on
+		for _, info := range t.Threads[i].Pending {
+			if id, ok := ofTimer(info, t.Timers); ok {
+				expire(id)
+			}
+		}
+	}
+	restoreITimers(b, t.ITimers, c)
 	restoreLimits(b, t.Rlimits)
 }
 
-// RestoreThreadLast adds the calls that come last in a thread.
-func RestoreThreadLast(b *tracee.Batch, pid int32, t *image.Thread) {
-	restorePending(b, pid, t.Tid, t.Pending, false)
+// RestoreThreadLast adds the calls that come last in thread i.
+func RestoreThreadLast(b *tracee.Batch, t *image.Task, i int) {
+	restorePending(b, t, t.Threads[i].Tid, t.Threads[i].Pending, func(int32) {})
 }
 
 // RestoreTrap gives a stub's process its own action for SIGTRAP, after which no

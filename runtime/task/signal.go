@@ -142,14 +142,48 @@ func restoreAltStack(b *tracee.Batch, s image.AltStack) {
 }
 
 // restorePending adds the calls that queue signals again, in order. A task may
-// send itself any siginfo (rt_sigqueueinfo(2)).
-func restorePending(b *tracee.Batch, tgid, tid int32, queue [][]byte, shared bool) {
+// send itself any siginfo (rt_sigqueueinfo(2)). The signal of a timer is left to
+// expired.
+func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, expired func(timer int32)) {
 	for _, info := range queue {
+		if id, ok := ofTimer(info, t.Timers); ok {
+			expired(id)
+			continue
+		}
 		sig := binary.LittleEndian.Uint32(info)
-		if shared {
-			b.Add(unix.SYS_RT_SIGQUEUEINFO, tracee.W(tgid), tracee.W(sig), b.Put(info))
+		if tid == 0 {
+			b.Add(unix.SYS_RT_SIGQUEUEINFO, tracee.W(t.Pid), tracee.W(sig), b.Put(info))
 		} else {
-			b.Add(unix.SYS_RT_TGSIGQUEUEINFO, tracee.W(tgid), tracee.W(tid), tracee.W(sig), b.Put(info))
+			b.Add(unix.SYS_RT_TGSIGQUEUEINFO, tracee.W(t.Pid), tracee.W(tid), tracee.W(sig), b.Put(info))
 		}
 	}
+}
+
+// readPending reads the signals that wait for a process and for each of its
+// threads, in order. One that came when the queue was full (RLIMIT_SIGPENDING)
+// has no siginfo: it is pending all the same, and gets what the kernel would
+// deliver then, SI_USER from nobody (kernel/signal.c, collect_signal).
+func (s *Source) readPending(t *image.Task) error {
+	for i, th := range s.Threads {
+		queue, err := th.PendingSignals(false)
+		if err != nil {
+			return err
+		}
+		t.Threads[i].Pending = complete(queue, s.Status[i].SigPnd)
+	}
+	queue, err := s.Threads[0].PendingSignals(true)
+	t.Pending = complete(queue, s.Status[0].ShdPnd)
+	return err
+}
+
+func complete(queue [][]byte, pending uint64) [][]byte {
+	for _, info := range queue {
+		pending &^= 1 << (binary.LittleEndian.Uint32(info) - 1)
+	}
+	for sig := range uint32(signals) {
+		if pending&(1<<sig) != 0 {
+			queue = append(queue, binary.LittleEndian.AppendUint32(make([]byte, 0, tracee.SigInfoSize), sig+1)[:tracee.SigInfoSize])
+		}
+	}
+	return queue
 }

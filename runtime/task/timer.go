@@ -4,21 +4,23 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 const (
-	itimers        = 3  // ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
-	itimervalSize  = 32 // interval, value: seconds, microseconds
 	itimerspecSize = 32 // interval, value: seconds, nanoseconds
-	second         = 1e9
+	sigeventSize   = 64
 
 	// prTimerCreateRestoreIDs (Linux 6.15) makes timer_create(2) take the id
 	// from where it would have put it.
@@ -26,46 +28,18 @@ const (
 
 	sigevNone     = 1
 	sigevThreadID = 4
+	timerAbstime  = 1
+
+	siTimer = -2 // SI_TIMER in si_code
 )
 
-// askITimers adds the calls that read the interval timers.
-func askITimers(b *tracee.Batch) func() []image.ITimer {
-	at := b.Reserve(itimers * itimervalSize)
-	for which := range itimers {
-		b.Add(unix.SYS_GETITIMER, tracee.W(which), at.Plus(which*itimervalSize))
-	}
-	return func() (out []image.ITimer) {
-		for which := range itimers {
-			raw := b.At(at.Plus(which*itimervalSize), itimervalSize)
-			t := image.ITimer{Which: int32(which), Interval: pair(raw, 1e6), Value: pair(raw[16:], 1e6)}
-			if t.Value != 0 || t.Interval != 0 {
-				out = append(out, t)
-			}
-		}
-		return out
-	}
-}
-
-// restoreITimers adds the calls that arm them with the time that was left. A
-// periodic one with none left has expired, and goes on when its signal, which
-// is pending, is delivered (kernel/signal.c, dequeue_signal). It is made to
-// expire once more: a signal that is pending already is not queued again.
-func restoreITimers(b *tracee.Batch, timers []image.ITimer) {
-	for _, t := range timers {
-		raw := append(unpair(t.Interval, 1e6), unpair(max(t.Value, 1), 1e6)...)
-		b.Add(unix.SYS_SETITIMER, tracee.W(t.Which), b.Put(raw), tracee.W(0))
-	}
-}
-
-// pair reads seconds and a fraction into one number of fractions.
-func pair(b []byte, unit int64) int64 {
-	return int64(binary.LittleEndian.Uint64(b))*unit + int64(binary.LittleEndian.Uint64(b[8:]))
-}
-
-func unpair(v, unit int64) []byte {
-	b := binary.LittleEndian.AppendUint64(nil, uint64(v/unit))
-	return binary.LittleEndian.AppendUint64(b, uint64(v%unit))
-}
+// A cpu clock is named by a negative number: the id of a process or thread,
+// inverted, above three bits of kind; id 0 is the caller
+// (include/linux/posix-timers.h).
+const (
+	cpuClockBits   = 3
+	perThreadClock = 4
+)
 
 // posixTimers reads which timers a process has from /proc/PID/timers; the time
 // left only the process itself can tell.
@@ -106,18 +80,26 @@ func parseTimer(t *image.PosixTimer, key, value string, inner func(host int) int
 			n, _ := strconv.Atoi(tid)
 			t.Notify |= sigevThreadID
 			t.Tid = int32(inner(n))
+			if t.Tid == 0 {
+				return fail.Refuse("", "the thread that it notifies has ended", "delete the timer before the checkpoint")
+			}
 		}
 	case "ClockID":
 		clock, _ := strconv.Atoi(value)
-		if clock < 0 {
-			return fail.Refuse("", "it runs on another process's cpu clock", "delete the timer before the checkpoint")
-		}
 		t.Clock = int32(clock)
 	}
 	return nil
 }
 
-// askTimers adds the calls that read the time left on each timer.
+// HasTimers reports a process with timers of timer_create(2).
+func HasTimers(pid int) bool {
+	b, err := readProc(pid, "timers")
+	return err == nil && len(b) > 0
+}
+
+// askTimers adds the calls that read the time left on each timer. They also
+// make the kernel move a periodic timer whose signal is pending on to its next
+// expiry and count those it has missed.
 func askTimers(b *tracee.Batch, timers []image.PosixTimer) func() {
 	at := b.Reserve(itimerspecSize * len(timers))
 	for i, t := range timers {
@@ -131,26 +113,239 @@ func askTimers(b *tracee.Batch, timers []image.PosixTimer) func() {
 	}
 }
 
-// restoreTimers adds the calls that create and arm the timers again with their
-// own ids. Threads that are to be notified must exist.
-func restoreTimers(b *tracee.Batch, timers []image.PosixTimer) {
-	if len(timers) == 0 {
-		return
+// settleTimers completes the timers with what only the kernel knows, and brings
+// them in line with the pending signals, which were read later: timers go on
+// while a process is stopped. asked is when the time left was, read when the
+// signals were.
+func (s *Source) settleTimers(t *image.Task, asked, read int64) error {
+	if len(t.Timers) == 0 {
+		return nil
 	}
-	b.Add(unix.SYS_PRCTL, tracee.W(prTimerCreateRestoreIDs), tracee.W(1))
-	for _, t := range timers {
-		event := make([]byte, 64) // struct sigevent
-		le := binary.LittleEndian
-		le.PutUint64(event, t.Value)
-		le.PutUint32(event[8:], uint32(t.Signal))
-		le.PutUint32(event[12:], uint32(t.Notify))
-		le.PutUint32(event[16:], uint32(t.Tid))
-		id := b.Put(le.AppendUint32(nil, uint32(t.ID)))
-		b.Add(unix.SYS_TIMER_CREATE, tracee.W(t.Clock), b.Put(event), id)
-		if t.Left != 0 {
-			spec := append(unpair(t.Interval, second), unpair(t.Left, second)...)
-			b.Add(unix.SYS_TIMER_SETTIME, tracee.W(t.ID), tracee.W(0), b.Put(spec), tracee.W(0))
+	known, ok := s.Timers()
+	signals := queuedTimers(t)
+	for i := range t.Timers {
+		pt := &t.Timers[i]
+		k, told := known[pt.ID]
+		told = told && ok
+		var err error
+		if pt.Clock < 0 {
+			err = s.settleCPUTimer(pt, &k, told)
+		} else {
+			s.settleTimer(pt, &k, told, signals[pt.ID], read-asked)
+			if pt.Left != 0 {
+				pt.Left += asked - s.Now
+			}
+		}
+		if err != nil {
+			return fail.On(fmt.Sprintf("timer %d", pt.ID), err)
+		}
+		if pt.Interval == 0 && signals[pt.ID] {
+			pt.Left = 0
 		}
 	}
-	b.Add(unix.SYS_PRCTL, tracee.W(prTimerCreateRestoreIDs), tracee.W(0))
+	return nil
+}
+
+// settleTimer finds a wall-clock time that the timer is set to, and how many
+// expiries its pending signal stands for.
+func (s *Source) settleTimer(pt *image.PosixTimer, k *bpf.Timer, told, pending bool, passed int64) {
+	expired := int64(0)
+	if pending && pt.Interval > 0 {
+		for ; pt.Left <= passed; pt.Left += pt.Interval { // it has come since it was asked
+			k.Expires += pt.Interval
+			expired++
+		}
+		if told {
+			pt.Overrun = max(expired+k.Overrun, 0)
+		}
+	}
+	if pt.Clock != unix.CLOCK_REALTIME && pt.Clock != unix.CLOCK_TAI || pt.Left == 0 {
+		return
+	}
+	switch {
+	case !told:
+		s.Warn("whether timer %d of process %d is set to a point in time or to a time from now on is not known; it keeps the time that was left", pt.ID, s.Inner)
+	case k.Base == pt.Clock:
+		pt.Deadline = k.Expires
+	}
+}
+
+// settleCPUTimer finds whose cpu clock a timer is on, which must be somebody who
+// is still there.
+func (s *Source) settleCPUTimer(pt *image.PosixTimer, k *bpf.Timer, told bool) error {
+	inner, thread := int(^(pt.Clock >> cpuClockBits)), pt.Clock&perThreadClock != 0
+	tids := make([]int, len(s.Status))
+	for i, st := range s.Status {
+		tids[i] = Innermost(st.NSpid)
+	}
+	switch {
+	case inner == 0 && !thread:
+		return nil
+	case inner == 0 && told:
+		inner = s.InnerTid(k.Tid)
+	case inner == 0:
+		if len(tids) > 1 {
+			s.Warn("whose cpu clock timer %d of process %d is on is not known; it is taken for the main thread's", pt.ID, s.Inner)
+		}
+		return nil
+	}
+	if thread && !slices.Contains(tids, inner) || !thread && !s.Exists(inner) {
+		return fail.Refuse("", "it runs on the cpu clock of one that has ended", "delete the timer before the checkpoint")
+	}
+	pt.Clock = ^int32(inner)<<cpuClockBits | pt.Clock&(1<<cpuClockBits-1)
+	return nil
+}
+
+// queuedTimers lists the timers whose signal is pending.
+func queuedTimers(t *image.Task) map[int32]bool {
+	found := map[int32]bool{}
+	note := func(queue [][]byte) {
+		for _, info := range queue {
+			if id, ok := ofTimer(info, t.Timers); ok {
+				found[id] = true
+			}
+		}
+	}
+	note(t.Pending)
+	for i := range t.Threads {
+		note(t.Threads[i].Pending)
+	}
+	return found
+}
+
+// ofTimer reports whether a siginfo_t is the signal of one of the timers.
+func ofTimer(info []byte, timers []image.PosixTimer) (int32, bool) {
+	le := binary.LittleEndian
+	id, code := int32(le.Uint32(info[16:])), int32(le.Uint32(info[8:]))
+	found := code == siTimer && slices.ContainsFunc(timers, func(t image.PosixTimer) bool {
+		return t.ID == id && t.Signal == int32(le.Uint32(info)) && t.Notify != sigevNone
+	})
+	return id, found
+}
+
+// Clocks are the container's while it is restored. They go on from the checkpoint
+// as soon as it is created: by them, Passed is gone of every time that was left.
+type Clocks struct {
+	Now    func(id int32) int64
+	Passed int64
+}
+
+// left is what remains of a time, though not nothing.
+func (c *Clocks) left(ns int64) int64 { return max(ns-c.Passed, 1) }
+
+// RestoreTimers makes and arms the timers of a process again with their own ids,
+// all but those whose signal is pending: their turn comes with the signals.
+// Threads and processes that they refer to must exist.
+func RestoreTimers(s *tracee.Stub, t *image.Task, c *Clocks) error {
+	timers := slices.SortedFunc(slices.Values(t.Timers), func(a, b image.PosixTimer) int { return int(a.ID) - int(b.ID) })
+	if len(timers) == 0 {
+		return nil
+	}
+	expired := queuedTimers(t)
+	var b tracee.Batch
+	run := func(most int) error {
+		if len(b.Calls) < most {
+			return nil
+		}
+		_, err := s.Run(&b)
+		b.Reset()
+		return err
+	}
+	const chunk = 3000 // calls; each takes some 200 bytes of the service area
+	exact := takesTimerIDs()
+	if exact {
+		b.Add(unix.SYS_PRCTL, tracee.W(prTimerCreateRestoreIDs), tracee.W(1))
+	}
+	next := int32(0)
+	for i := range timers {
+		for ; !exact && next < timers[i].ID; next++ {
+			passTimerID(&b, next)
+			if err := run(chunk); err != nil {
+				return err
+			}
+		}
+		next = timers[i].ID + 1
+		createTimer(&b, &timers[i])
+		if !expired[timers[i].ID] {
+			armTimer(&b, &timers[i], c)
+		}
+		if err := run(chunk); err != nil {
+			return err
+		}
+	}
+	if exact {
+		b.Add(unix.SYS_PRCTL, tracee.W(prTimerCreateRestoreIDs), tracee.W(0))
+	}
+	return run(1)
+}
+
+// takesTimerIDs reports whether timer_create(2) can be told the id.
+// OCICKPT_NO_TIMER_IDS makes the kernel look like one where it cannot.
+var takesTimerIDs = sync.OnceValue(func() bool {
+	if os.Getenv("OCICKPT_NO_TIMER_IDS") != "" {
+		return false
+	}
+	on := unix.Prctl(prTimerCreateRestoreIDs, 1, 0, 0, 0)
+	return on == nil && unix.Prctl(prTimerCreateRestoreIDs, 0, 0, 0, 0) == nil
+})
+
+// passTimerID uses an id up. Before Linux 6.15 a process gets them in order,
+// from 0 on (kernel/time/posix-timers.c): an id that is not wanted is taken and
+// given back. If ever it were another one, deleting it would fail.
+func passTimerID(b *tracee.Batch, id int32) {
+	event := make([]byte, sigeventSize)
+	binary.LittleEndian.PutUint32(event[12:], sigevNone)
+	b.Add(unix.SYS_TIMER_CREATE, tracee.W(unix.CLOCK_MONOTONIC), b.Put(event), b.Reserve(4))
+	b.Add(unix.SYS_TIMER_DELETE, tracee.W(id))
+}
+
+func createTimer(b *tracee.Batch, t *image.PosixTimer) {
+	event := make([]byte, sigeventSize)
+	le := binary.LittleEndian
+	le.PutUint64(event, t.Value)
+	le.PutUint32(event[8:], uint32(t.Signal))
+	le.PutUint32(event[12:], uint32(t.Notify))
+	le.PutUint32(event[16:], uint32(t.Tid))
+	id := b.Put(le.AppendUint32(nil, uint32(t.ID)))
+	b.Add(unix.SYS_TIMER_CREATE, tracee.W(t.Clock), b.Put(event), id)
+	// Where the id is the kernel's choice, this fails if it is another.
+	b.Add(unix.SYS_TIMER_GETTIME, tracee.W(t.ID), b.Reserve(itimerspecSize))
+}
+
+// armTimer starts a timer with the time that was left, or to the wall-clock time
+// that it was set to.
+func armTimer(b *tracee.Batch, t *image.PosixTimer, c *Clocks) {
+	switch {
+	case t.Deadline != 0:
+		setTimer(b, t, timerAbstime, t.Deadline)
+	case t.Left != 0 && cpuTime(t.Clock):
+		setTimer(b, t, 0, t.Left)
+	case t.Left != 0:
+		setTimer(b, t, 0, c.left(t.Left))
+	}
+}
+
+// expireTimer makes a timer expire at once whose signal was pending, so that it
+// is pending again, as the timer's own: it is gone if the program deletes the
+// timer, and goes for all expiries until it is delivered. A periodic timer
+// starts in the past, as many intervals before its next expiry as were missed.
+func expireTimer(b *tracee.Batch, t *image.PosixTimer, c *Clocks) {
+	missed := t.Interval * (t.Overrun + 1)
+	switch {
+	case t.Interval == 0 || cpuTime(t.Clock): // a cpu clock begins anew
+		setTimer(b, t, timerAbstime, 1)
+	case t.Deadline != 0:
+		setTimer(b, t, timerAbstime, max(t.Deadline-missed, 1))
+	case t.Clock == unix.CLOCK_REALTIME || t.Clock == unix.CLOCK_TAI: // whose absolute times are another matter
+		setTimer(b, t, 0, 1)
+	default:
+		setTimer(b, t, timerAbstime, max(c.Now(t.Clock)+t.Left-c.Passed-missed, 1))
+	}
+	// The expiry is an interrupt away; what is queued behind it has to wait.
+	b.Add(unix.SYS_CLOCK_NANOSLEEP, tracee.W(unix.CLOCK_MONOTONIC), tracee.W(0), b.Put(unpair(100_000, second)), tracee.W(0))
+}
+
+func setTimer(b *tracee.Batch, t *image.PosixTimer, flags int, value int64) {
+	spec := append(unpair(t.Interval, second), unpair(value, second)...)
+	b.Add(unix.SYS_TIMER_SETTIME, tracee.W(t.ID), tracee.W(flags), b.Put(spec), tracee.W(0))
 }
