@@ -127,6 +127,9 @@ func checkTree(t *Tree) error {
 		if err := checkProcess(p); err != nil {
 			return fmt.Errorf("process %d: %w", p.Pid, err)
 		}
+		if i > 0 && p.Ppid == 0 && p.Zombie {
+			return fmt.Errorf("process %d: it has ended and its parent is not in the tree", p.Pid)
+		}
 		if p.Ppid != 0 && !pids[p.Ppid] {
 			return fmt.Errorf("process %d: its parent %d does not stand before it", p.Pid, p.Ppid)
 		}

@@ -342,6 +342,7 @@ func TestBadTree(t *testing.T) {
 		"a pid must be positive":           func(p []Process) { p[0].Pid = 0 },
 		"parent 8 does not stand before":   func(p []Process) { p[1].Ppid = 8 },
 		"parent 7 does not stand before":   func(p []Process) { p[1].Ppid = 7 },
+		"its parent is not in the tree":    func(p []Process) { p[2].Ppid = 0 },
 		"id 2 is used twice":               func(p []Process) { p[0].Threads[2] = 2 },
 		"id 3 is used twice":               func(p []Process) { p[3].Pid, p[3].Pids, p[3].Threads = 3, []int32{3}, []int32{3} },
 		"not among its pids":               func(p []Process) { p[0].Pids = []int32{4001} },

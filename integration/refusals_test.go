@@ -8,13 +8,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 )
 
 // mustRefuse asserts how ocickpt says no: exit status 1 and one line on
@@ -63,19 +61,6 @@ func TestRefusedCheckpoint(t *testing.T) {
 		c.command(outputs{stdout: writer}, c.binary(), "--root", c.root,
 			"checkpoint", "--image", "-", c.id).mustRefuse(t)
 		untouched(t)
-	})
-	c.step(t, "exec process", func(t *testing.T) {
-		pidFile := filepath.Join(c.dir, "exec.pid")
-		c.runc("exec", "-d", "--pid-file", pidFile, c.id, "sleep", "1000")
-		text, err := os.ReadFile(pidFile)
-		c.must(err)
-		pid, err := strconv.Atoi(string(text))
-		c.must(err)
-		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, string(text))
-		absent(t, filepath.Join(c.image(), "checkpoint.img"))
-		untouched(t)
-		c.must(unix.Kill(pid, unix.SIGKILL))
-		reap(pid) // its parent was runc exec, so it is the test's child
 	})
 	c.step(t, "stopped container", func(t *testing.T) {
 		c.runc("kill", c.id, "KILL")

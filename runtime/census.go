@@ -42,6 +42,7 @@ type process struct {
 	stat    *task.Stat
 	threads []*tracee.Thread
 	live    *tracee.Live
+	guest   bool // brought in from outside, not a descendant of the init
 
 	space  *mm.Space
 	tables []*file.Table    // by thread, nil for one with its process's
@@ -62,11 +63,11 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 	})}
 	for _, pid := range pids {
 		p, err := c.visit(pid)
-		if err == nil && p != nil && pid != c.initPid && !slices.Contains(pids, p.status[0].PPid) {
-			err = broughtIn()
-		}
 		if err == nil && p != nil {
 			err = c.admit(p)
+		}
+		if err == nil && p != nil && pid != c.initPid && !slices.Contains(pids, p.status[0].PPid) {
+			err = c.admitGuest(p)
 		}
 		if running && errors.Is(err, tracee.ErrGone) {
 			continue
@@ -307,23 +308,4 @@ func sortTree(all []image.Process) (image.Tree, error) {
 		return t, fmt.Errorf("the task hierarchy has %d processes of which %d hang together", len(all), len(t.Processes))
 	}
 	return t, nil
-}
-
-func broughtIn() error {
-	return fail.Refuse("", "it was brought into the container (runc exec); such processes are not supported yet", "end it before the checkpoint")
-}
-
-// checkRoots refuses processes that are not descendants of the container's
-// init: those that were brought in by exec, and their children.
-func (n *census) checkRoots(c *container) error {
-	byPid := map[int]*process{}
-	for _, p := range n.procs {
-		byPid[p.pid] = p
-	}
-	for _, p := range n.procs {
-		if p.pid != c.initPid && byPid[p.status[0].PPid] == nil {
-			return fail.In(p.name(), broughtIn())
-		}
-	}
-	return nil
 }

@@ -40,7 +40,10 @@ type CheckpointOptions struct {
 	Path         string    // of the image file, or "" for Stream
 	Stream       io.Writer // where the image goes if Path is ""
 	LeaveRunning bool
-	Log          *slog.Logger
+	// RefuseExec: a process that was brought in by runc exec fails the
+	// checkpoint instead of being saved.
+	RefuseExec bool
+	Log        *slog.Logger
 }
 
 // Report says how a journey went.
@@ -179,6 +182,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	k.c = c
 	if err == nil {
 		k.confine.expect(c)
+		c.refuseGuests = k.RefuseExec
 		k.learned = newLearned(k.Log)
 		err = k.expect()
 	}
@@ -271,7 +275,7 @@ func (k *checkpoint) look() error {
 		return err
 	}
 	for _, check := range []func() error{
-		func() error { return n.checkRoots(k.c) }, n.checkSharing, n.checkNarrow, n.files.Fits,
+		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
 	} {
 		if err := check(); err != nil {
@@ -315,7 +319,6 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	k.census = n
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
-		func() error { return n.checkRoots(k.c) },
 		n.checkSharing,
 		n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -339,6 +342,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		}
 	}
 	k.head.noteState(n)
+	k.warnOfGuests()
 	return nil
 }
 
@@ -554,9 +558,11 @@ func (k *checkpoint) kill() {
 // reapAll waits until killed tasks are gone. There is no order in which to wait
 // for one after the other: a leader is not reported before its last thread is
 // reaped, and the last thread of a pid namespace's init waits until all other
-// tasks in it are (zap_pid_ns_processes in kernel/pid_namespace.c).
+// tasks in it are (zap_pid_ns_processes in kernel/pid_namespace.c): also one
+// that was brought in, which only its parent outside can reap. So it is bounded.
 func reapAll(tids []int) {
-	for nap := 20 * time.Microsecond; len(tids) > 0; nap = min(2*nap, time.Millisecond) {
+	const patience = 10 * time.Second
+	for begin, nap := time.Now(), 20*time.Microsecond; len(tids) > 0 && time.Since(begin) < patience; nap = min(2*nap, time.Millisecond) {
 		left := len(tids)
 		tids = slices.DeleteFunc(tids, reaped)
 		if len(tids) == left {

@@ -39,6 +39,8 @@ type container struct {
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 	usual       task.Usual
 	bounding    []string // capabilities that its bundle gives
+	// refuseGuests: processes brought in from outside are not to be kept.
+	refuseGuests bool
 }
 
 // load reads what the engine and the kernel know of a container, and refuses

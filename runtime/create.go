@@ -32,8 +32,9 @@ type made struct {
 	state   *libcontainer.State
 	config  configs.Config // as it is to be, with all that the stub does without
 	stub    *tracee.Stub
-	initPid int // inside the container
-	sock    int // the coordinator's end of the stub's socket
+	initPid int   // inside the container
+	guests  []int // host pids of processes that do not descend from it
+	sock    int   // the coordinator's end of the stub's socket
 	filters [][]byte
 	// identity is who the bundle's own process would be.
 	identity file.Identity
@@ -336,6 +337,7 @@ func (r *Restored) Pid() int { return r.made.stub.Pid }
 
 // Wait waits until the container's init ends, and removes the container.
 func (r *Restored) Wait() (*os.ProcessState, error) {
+	r.reapGuests()
 	state, err := r.made.process.Wait()
 	if state != nil {
 		err = nil // a status is no error of ours

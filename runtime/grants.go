@@ -35,17 +35,24 @@ type grants struct {
 // checkImage refuses an image that claims more than the bundle gives.
 func (g *grants) checkImage(head *image.Head) error {
 	for _, t := range head.Tasks {
-		err := g.checkTask(t)
+		err := g.checkProcess(t)
 		if err == nil {
 			err = g.checkLocked(head.MM(t.MM))
 		}
 		if err != nil {
 			return fail.In(fmt.Sprintf("task %d", t.Pid), err)
 		}
-		for i := range t.Threads {
-			if err := g.check(&t.Threads[i]); err != nil {
-				return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
-			}
+	}
+	return nil
+}
+
+func (g *grants) checkProcess(t *image.Task) error {
+	if err := g.checkTask(t); err != nil {
+		return fail.In(fmt.Sprintf("task %d", t.Pid), err)
+	}
+	for i := range t.Threads {
+		if err := g.check(&t.Threads[i]); err != nil {
+			return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
 		}
 	}
 	return nil

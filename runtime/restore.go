@@ -58,6 +58,7 @@ type restore struct {
 	filler  *mm.Filler
 	users   users
 	full    uint64 // the stubs' capabilities
+	hole    uint64 // free in all address spaces, for the service area
 }
 
 // Restored is a container that has been restored and runs.
@@ -181,11 +182,11 @@ func (r *restore) openFiles(context.Context) error {
 	for _, t := range r.head.Tasks {
 		spaces = append(spaces, r.head.MM(t.MM))
 	}
-	hole, err := mm.Hole(spaces...)
-	if err != nil {
+	var err error
+	if r.hole, err = mm.Hole(spaces...); err != nil {
 		return err
 	}
-	if err := r.made.stub.AttachService(file.ServiceFD, hole); err != nil {
+	if err := r.made.stub.AttachService(file.ServiceFD, r.hole); err != nil {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
@@ -206,7 +207,16 @@ func (r *restore) openFiles(context.Context) error {
 
 // grow makes every process, in the order forest plans.
 func (r *restore) grow(context.Context) error {
-	plan, err := forest.Grow(r.hierarchy())
+	all, reserved := r.hierarchy()
+	brought := guests(&r.head.Tree)
+	if len(brought) > 0 {
+		pid, err := r.bringHelper(idsOf(all, reserved))
+		if err != nil {
+			return err
+		}
+		reserved = append(reserved, pid)
+	}
+	plan, err := forest.Grow(all, reserved)
 	if err != nil {
 		return err
 	}
@@ -225,6 +235,13 @@ func (r *restore) grow(context.Context) error {
 			return err
 		}
 		plan.Steps = plan.Steps[n:]
+	}
+	for _, pid := range brought {
+		r.made.guests = append(r.made.guests, r.stubs[pid].Pid)
+	}
+	if h := r.stubs[helper]; h != nil {
+		delete(r.stubs, helper)
+		return h.Exit(0)
 	}
 	return nil
 }
@@ -253,12 +270,14 @@ func (r *restore) steps(steps []forest.Step) error {
 		switch step.Op {
 		case forest.Fork:
 			children = append(children, step.Child)
-			if t := r.head.Task(int32(step.Child)); t != nil {
-				task.SlackForChild(&b, &t.Threads[0].Controls)
-			}
+			r.slackForChild(&b, step.Child)
 			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child), cloneFlags(step.Tables))
 		case forest.Leave:
 			b.Add(unix.SYS_UNSHARE, tracee.W(cloneFlags(step.Tables)))
+		case forest.Enter:
+			children = append(children, step.Child)
+			r.slackForChild(&b, step.Child)
+			task.CloneSibling(&b, int32(step.Child))
 		case forest.Setsid:
 			b.Add(unix.SYS_SETSID)
 		case forest.Setpgid:
@@ -277,6 +296,12 @@ func (r *restore) steps(steps []forest.Step) error {
 		}
 	}
 	return r.runSteps(s, &b, children)
+}
+
+func (r *restore) slackForChild(b *tracee.Batch, pid int) {
+	if t := r.head.Task(int32(pid)); t != nil {
+		task.SlackForChild(b, &t.Threads[0].Controls)
+	}
 }
 
 func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, children []int) error {
@@ -480,9 +505,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 
 func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image.Sighand) error {
 	rec := &t.Threads[i]
-	if int(t.Pid) == r.made.initPid && rec.PDeathSig != 0 {
+	if rec.PDeathSig != 0 && (int(t.Pid) == r.made.initPid || slices.Contains(r.made.guests, s.Pid)) {
 		// Its parent would be us. The real one is gone anyway.
-		r.Log.Warn("parent death signal of the container's init is dropped", "signal", rec.PDeathSig)
+		r.Log.Warn("parent death signal of a process whose parent is outside the container is dropped", "task", t.Pid, "signal", rec.PDeathSig)
 		rec.PDeathSig = 0
 	}
 	clocks := r.clocks()
@@ -550,7 +575,11 @@ func (r *restore) endZombies() error {
 		}
 		var parent, own tracee.Batch
 		task.ChildSignals(&parent, false)
-		if _, err := r.stubs[int(p.Ppid)].Run(&parent); err != nil {
+		reaper := r.stubs[int(p.Ppid)]
+		if reaper == nil {
+			return fmt.Errorf("zombie %d has no parent that lives", p.Pid)
+		}
+		if _, err := reaper.Run(&parent); err != nil {
 			return err
 		}
 		own.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), own.String(string(p.Comm)))

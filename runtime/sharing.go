@@ -187,6 +187,11 @@ func (n *census) scan(p *process) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err == nil && p.guest {
+			n.files.Guest(p.tables[0])
+		}
+	}()
 	p.tables, p.places = make([]*file.Table, len(p.tids)), make([]*object.Object, len(p.tids))
 	for i, tid := range p.tids {
 		if _, own := s.table[tid]; own || i == 0 {

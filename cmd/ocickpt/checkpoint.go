@@ -22,6 +22,7 @@ var checkpointCommand = &cli.Command{
 		&cli.StringFlag{Name: "image", Usage: "file for the image, or - for standard output"},
 		&cli.StringFlag{Name: "work-path", Usage: "directory for logs"},
 		&cli.BoolFlag{Name: "leave-running", Usage: "let the container go on afterwards"},
+		&cli.StringFlag{Name: "exec-sessions", Value: "keep", Usage: "processes of runc exec: keep them, or fail"},
 	},
 	Action: checkpoint,
 }
@@ -39,8 +40,13 @@ func checkpoint(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	sessions := c.String("exec-sessions")
+	if sessions != "keep" && sessions != "fail" {
+		return fmt.Errorf("--exec-sessions %s: it is keep or fail", sessions)
+	}
 	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
-		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"), Log: log,
+		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"),
+		RefuseExec: sessions == "fail", Log: log,
 	})
 	if work := c.String("work-path"); work != "" {
 		err = errors.Join(err, dumpLog(work, err))

@@ -58,6 +58,9 @@ func (s *Set) interest(d *Description) error {
 		if target.Record.Pid != 0 {
 			return fail.Refuse("", fmt.Sprintf("it watches fd %d, a file of one task in /proc; that is not supported yet", e.FD), "take it out of the epoll before the checkpoint")
 		}
+		if err := unwatched(target); err != nil {
+			return err
+		}
 		repeats[e.FD]++
 		rec.Entries = append(rec.Entries, e)
 		d.targets = append(d.targets, target)

@@ -502,6 +502,55 @@ func (m *Maker) explain(err error, calls []int, refs []image.Ref) error {
 	return err
 }
 
+// Share gives another stub, which did not inherit them, all that the maker has
+// opened, under the same numbers (pidfd_getfd(2)). It is an exec of the init
+// stub's executable, and what it was given itself goes.
+func (m *Maker) Share(to *tracee.Stub) error {
+	var limit unix.Rlimit
+	if err := unix.Prlimit(m.stub.Pid, unix.RLIMIT_NOFILE, nil, &limit); err != nil {
+		return fmt.Errorf("descriptor limit: %w", err)
+	}
+	if err := unix.Prlimit(to.Pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		return fmt.Errorf("descriptor limit: %w", err)
+	}
+	const init = 1
+	var b tracee.Batch
+	b.Add(unix.SYS_CLOSE_RANGE, tracee.W(0), tracee.W(uint32(math.MaxUint32)), tracee.W(0))
+	b.Add(unix.SYS_PIDFD_OPEN, tracee.W(init), tracee.W(0)) // becomes 0, and each file 1 at first
+	for _, fd := range m.numbers() {
+		b.Add(unix.SYS_PIDFD_GETFD, tracee.W(0), tracee.W(fd), tracee.W(0))
+		b.Add(unix.SYS_DUP3, tracee.W(1), tracee.W(fd), tracee.W(unix.O_CLOEXEC))
+		b.Add(unix.SYS_CLOSE, tracee.W(1))
+	}
+	b.Add(unix.SYS_CLOSE, tracee.W(0))
+	for len(b.Calls) > 0 {
+		part := tracee.Batch{Calls: b.Calls[:min(len(b.Calls), 8192)]}
+		if _, err := to.Run(&part); err != nil {
+			return fmt.Errorf("descriptors of the init: %w", err)
+		}
+		b.Calls = b.Calls[len(part.Calls):]
+	}
+	return nil
+}
+
+// numbers lists every descriptor of the maker's table.
+func (m *Maker) numbers() []int {
+	all := append([]int{m.socket}, m.stdio[:]...)
+	for _, fd := range m.fds {
+		all = append(all, fd)
+	}
+	for _, p := range m.pipes {
+		all = append(all, p.fd[:]...)
+	}
+	for _, segments := range []map[image.Ref]int{m.segments, m.readonly} {
+		for _, fd := range segments {
+			all = append(all, fd)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
 // Seal gives shared memory its size to the byte, which filling it by the page
 // has rounded up, and memfds their seals (fcntl(2)).
 func (m *Maker) Seal() error {

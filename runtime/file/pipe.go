@@ -58,9 +58,18 @@ func writes(flags uint32) bool { return flags&unix.O_ACCMODE != unix.O_RDONLY }
 // checkPipes refuses pipes that cannot be made again: those whose other end is
 // held by somebody outside the container, and packets.
 func (s *Set) checkPipes() error {
-	for _, p := range s.order {
+	pipes := s.order
+	s.order = nil
+	for _, p := range pipes {
 		one := p.ends[0].seen
 		err := p.outside()
+		if refused := (*fail.Refused)(nil); errors.As(err, &refused) && s.fromGuest(one) {
+			for _, d := range p.ends {
+				s.toNull(d)
+			}
+			continue
+		}
+		s.order = append(s.order, p)
 		if p.record.Packet && p.record.Length > 0 {
 			err = fail.Refuse("", "a pipe with packets in it (O_DIRECT) is not supported yet", "let the reader drain it")
 		}

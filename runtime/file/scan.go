@@ -105,6 +105,7 @@ type Description struct {
 	pipe    *pipe
 	segment *mm.Segment
 	targets []*Description // of an epoll, by entry
+	null    bool           // a guest's stream that becomes /dev/null
 }
 
 // Table is one descriptor table.
@@ -123,13 +124,17 @@ type entry struct {
 // Set is every open file of a container.
 type Set struct {
 	Env
-	all    []*seen
-	descs  []*Description
-	tables []*Table
-	mapped map[mappedKey]*object.Object
-	maps   []*object.Object // mapped files in the order they were met
-	pipes  map[uint64]*pipe
-	order  []*pipe
+	Warnings []string // what is not restored as it was
+
+	guests  []*Table
+	streams map[identity]bool // of the guests
+	all     []*seen
+	descs   []*Description
+	tables  []*Table
+	mapped  map[mappedKey]*object.Object
+	maps    []*object.Object // mapped files in the order they were met
+	pipes   map[uint64]*pipe
+	order   []*pipe
 }
 
 // Env is what the room must know of the container.
@@ -210,6 +215,9 @@ func (s *Set) Describe() error {
 			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
 		}
 	}
+	if err := s.checkPipes(); err != nil {
+		return err
+	}
 	for _, d := range s.descs {
 		if d.Record.Kind == image.KindEpoll {
 			if err := s.interest(d); err != nil {
@@ -217,7 +225,7 @@ func (s *Set) Describe() error {
 			}
 		}
 	}
-	return s.checkPipes()
+	return nil
 }
 
 func (s *Set) describe(d *Description) error {
@@ -232,6 +240,10 @@ func (s *Set) describe(d *Description) error {
 	}
 	for _, k := range kinds {
 		if k.is(s, d.seen) {
+			if k.name == image.KindRegular && s.external(d.seen) && s.fromGuest(d.seen) {
+				s.toNull(d)
+				return nil
+			}
 			return k.read(s, d)
 		}
 	}

@@ -57,13 +57,16 @@ const (
 	Exit
 	// Leave makes Pid call unshare(2).
 	Leave
+	// Enter brings Child in from outside the pid namespace, as setns(2) and a fork do: it has no parent in it.
+	// Pid is 0.
+	Enter
 )
 
 // Step is one remote call, made in process Pid.
 type Step struct {
 	Op    Op
 	Pid   int
-	Child int  // Fork: the pid the child must get
+	Child int  // Fork and Enter: the pid the child must get
 	Pgid  int  // Setpgid: the group to enter; the caller's own pid founds it
 	On    bool // Subreaper: the flag's new value
 	// Tables are what the child shares with Pid (Fork), or what Pid exchanges for a copy of its own (Leave).
@@ -88,6 +91,8 @@ func (s Step) String() string {
 		return fmt.Sprintf("%d: exit", s.Pid)
 	case Leave:
 		return fmt.Sprintf("%d: leave %v", s.Pid, s.Tables)
+	case Enter:
+		return fmt.Sprintf("enter %d", s.Child)
 	}
 	return fmt.Sprintf("%d: unknown operation %d", s.Pid, s.Op)
 }
@@ -121,20 +126,21 @@ func (e *Unreachable) Error() string {
 	return fmt.Sprintf("process hierarchy cannot be grown: pid %d: %s", e.Pid, e.Reason)
 }
 
-// FurtherRoots names the processes that have no parent in the list besides the root. A process brought
-// in from outside (runc exec) looks like that: its parent is 0, and so is that of its orphans' ancestors.
+// FurtherRoots names the processes that have no parent in the list besides a root that is not the init of
+// the pid namespace: their orphans would go to a process that is not in the list.
 type FurtherRoots struct {
 	Root int
 	Pids []int // ascending
 }
 
 func (e *FurtherRoots) Error() string {
-	return fmt.Sprintf("process hierarchy has roots besides pid %d: %v; "+
-		"processes brought in from outside (exec) must end before a checkpoint", e.Root, e.Pids)
+	return fmt.Sprintf("process hierarchy has roots besides pid %d, which is no init: %v", e.Root, e.Pids)
 }
 
 // Grow plans how a stub process that has the root's pid grows into processes, which may come in any
-// order. The root is the one whose parent is not in the list.
+// order. The root is the one whose parent is not in the list. Beside an init there may be further ones, brought
+// in from outside (runc exec), each the leader of a session. To the plan they are children of the root,
+// since that is where their orphans go, but ones that enter instead of being forked.
 //
 // The stub must already be what libcontainer makes of an init: leader of its own session and group where
 // the root is one, else (the root's Sid is 0) in a session and group from outside. Where the root is not
@@ -160,7 +166,8 @@ type node struct {
 	Process
 	index   int
 	ghost   bool
-	parent  *node // the final parent; nil for the root and for ghosts
+	outside bool  // a further root
+	parent  *node // the final parent; nil for the root and for ghosts, the root for further roots
 	kids    []*node
 	session *session
 	group   int // the process group at this point of the plan
@@ -271,14 +278,29 @@ func (f *family) linkParents() error {
 		return &Unreachable{f.nodes[0].Pid, "its ancestors form a loop"}
 	}
 	f.root = roots[0]
-	if len(roots) > 1 {
-		e := &FurtherRoots{Root: f.root.Pid}
-		for _, n := range roots[1:] {
-			e.Pids = append(e.Pids, n.Pid)
-		}
-		return e
+	if err := f.linkFurtherRoots(roots[1:]); err != nil {
+		return err
 	}
 	return f.checkLoops()
+}
+
+func (f *family) linkFurtherRoots(roots []*node) error {
+	e := &FurtherRoots{Root: f.root.Pid}
+	for _, n := range roots {
+		e.Pids = append(e.Pids, n.Pid)
+		switch {
+		case n.Zombie:
+			return &Unreachable{n.Pid, "it has ended, and its parent is outside the container"}
+		case n.Sid != n.Pid:
+			return &Unreachable{n.Pid, fmt.Sprintf("it was brought in from outside, but into session %d instead of its own", n.Sid)}
+		}
+		n.parent, n.outside = f.root, true
+		f.root.kids = append(f.root.kids, n)
+	}
+	if len(roots) > 0 && f.root.Pid != 1 {
+		return e
+	}
+	return nil
 }
 
 func (f *family) checkLoops() error {

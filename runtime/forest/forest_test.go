@@ -76,6 +76,13 @@ func TestPlans(t *testing.T) {
 			plan: "1: fork 2; 2: fork 10; 10: fork 4; 4: fork 6; 6: setsid; 6: fork 7; 6: fork 11; 11: fork 8; " +
 				"4: subreaper true; 11: exit; 4: subreaper false; 2: subreaper true; 6: exit; " +
 				"4: fork 9; 4: fork 50; 50: setpgid 50; 4: setpgid 50; 50: exit; 2: subreaper false; 10: exit", ghosts: []int{10, 6, 11, 50}},
+		{name: "brought in, with a child and an orphan", processes: []Process{p(1, 0, 1, 1), p(5, 0, 5, 5), p(6, 5, 5, 5), p(8, 1, 7, 5)},
+			plan: "enter 5; 5: setsid; 5: fork 6; 5: fork 7; 7: setpgid 7; 7: fork 8; 7: exit", ghosts: []int{7}},
+		{name: "orphan of one that was brought in and is gone", processes: []Process{p(1, 0, 1, 1), p(8, 1, 7, 7)},
+			plan: "1: fork 7; 7: setsid; 7: fork 8; 7: exit", ghosts: []int{7}},
+		{name: "session below one with a larger number that was brought in", processes: []Process{p(1, 0, 1, 1), p(9, 0, 9, 9), p(4, 9, 7, 7), p(8, 1, 7, 7), p(6, 1, 6, 9)},
+			plan: "enter 9; 9: setsid; 9: fork 7; 7: setsid; 7: fork 4; 7: fork 2; 2: fork 8; 2: exit; 9: subreaper true; 7: exit; " +
+				"9: fork 10; 10: fork 6; 6: setpgid 6; 9: subreaper false; 10: exit", ghosts: []int{7, 2, 10}},
 		{name: "root that is not pid 1", processes: []Process{p(70, 3, 70, 70), p(72, 70, 71, 71)},
 			plan:   "70: fork 71; 71: setsid; 71: fork 72; 70: subreaper true; 71: exit; 70: subreaper false",
 			ghosts: []int{71}},
@@ -142,6 +149,12 @@ func TestUnreachable(t *testing.T) {
 		{"init below another root", []Process{p(7, 0, 7, 7), p(1, 7, 7, 7)}, 1},
 		{"session of an init outside the tree", []Process{p(7, 0, 7, 7), p(8, 7, 1, 1)}, 8},
 		{"group of an init outside the tree", []Process{p(7, 0, 7, 7), p(8, 7, 1, 7)}, 8},
+		{"brought in into the session of the root", []Process{p(1, 0, 1, 1), p(4, 0, 1, 1)}, 4},
+		{"brought in into a session from outside", []Process{p(1, 0, 1, 1), p(4, 0, 0, 0)}, 4},
+		{"brought in and ended", []Process{p(1, 0, 1, 1), zombie(p(4, 0, 4, 4))}, 4},
+		{"in the session of the root below one brought in", []Process{p(1, 0, 1, 1), p(4, 0, 4, 4), p(5, 4, 1, 1)}, 5},
+		{"in the session of the root below a leader brought in", []Process{p(1, 0, 1, 1), p(4, 0, 4, 4), p(5, 4, 5, 5), p(6, 5, 1, 1)}, 5},
+		{"below two that were brought in", []Process{p(1, 0, 1, 1), p(4, 0, 4, 4), p(5, 0, 5, 5), p(7, 4, 6, 6), p(8, 5, 6, 6)}, 6},
 		{"negative session", []Process{p(1, 0, 1, 1), p(4, 1, 4, -4)}, 4},
 		{"address space of cousins", []Process{p(1, 0, 1, 1), p(4, 1, 1, 1), p(6, 1, 1, 1), sharing(p(7, 4, 1, 1), MM, 7), sharing(p(8, 6, 1, 1), MM, 7)}, 4},
 		{"signal actions of another address space", []Process{sharing(p(1, 0, 1, 1), Sighand, 1), sharing(p(4, 1, 1, 1), Sighand, 1)}, 1},
@@ -161,13 +174,13 @@ func TestUnreachable(t *testing.T) {
 }
 
 func TestFurtherRoots(t *testing.T) {
-	_, err := Grow([]Process{p(9, 0, 9, 9), p(1, 0, 1, 1), p(10, 9, 9, 9), p(4, 0, 4, 4)}, nil)
+	_, err := Grow([]Process{p(9, 0, 9, 9), p(2, 0, 2, 2), p(10, 9, 9, 9), p(4, 0, 4, 4)}, nil)
 	var roots *FurtherRoots
 	if !errors.As(err, &roots) {
 		t.Fatalf("error %v, want *FurtherRoots", err)
 	}
-	if roots.Root != 1 || !slices.Equal(roots.Pids, []int{4, 9}) {
-		t.Errorf("root %d and %v, want 1 and [4 9]", roots.Root, roots.Pids)
+	if roots.Root != 2 || !slices.Equal(roots.Pids, []int{4, 9}) {
+		t.Errorf("root %d and %v, want 2 and [4 9]", roots.Root, roots.Pids)
 	}
 }
 

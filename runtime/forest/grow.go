@@ -29,6 +29,10 @@ func (g *grower) step(s Step) { g.plan.Steps = append(g.plan.Steps, s) }
 
 func (g *grower) fork(parent, child *node) {
 	child.group = parent.group
+	if child.outside {
+		g.step(Step{Op: Enter, Child: child.Pid})
+		return
+	}
 	g.step(Step{Op: Fork, Pid: parent.Pid, Child: child.Pid, Tables: parent.handsOn(child)})
 	if child.ghost {
 		g.plan.Ghosts = append(g.plan.Ghosts, child.Pid)

@@ -24,6 +24,7 @@ type history struct {
 	rand    *rand.Rand
 	sharing bool // processes share tables
 	execs   bool // and leave address spaces by execve
+	guests  bool // processes are brought in from outside
 	eager   bool // processes call setsid more often than anything but fork
 	wrapped bool // pids come in any order, as after wrap-arounds of the pid counter
 	nextPid int  // the lowest where wrapped
@@ -114,6 +115,8 @@ func (k *kernel) do(c call) error {
 		return k.leave(c.pid, c.tables)
 	case "reap":
 		return k.reap(c.pid, c.arg)
+	case "enter":
+		return k.enter(c.pid)
 	}
 	return fmt.Errorf("call %q", c.what)
 }
@@ -152,6 +155,13 @@ func (h *history) act(forks *int) {
 	parent := h.procs[pid].parent
 	root := parent == nil || h.isOuter(parent.pid)
 	kind := h.rand.IntN(16)
+	if h.guests && !h.isOuter(1) && h.rand.IntN(20) == 0 {
+		guest := h.newPid()
+		h.call("enter", guest, 0, 0)
+		h.call("setsid", guest, 0, 0)
+		*forks++
+		return
+	}
 	if h.eager && kind >= 8 && kind <= 11 {
 		kind = 6
 	}
@@ -166,11 +176,11 @@ func (h *history) act(forks *int) {
 		h.call("setsid", pid, 0, 0)
 	case kind < 10:
 		h.actSetpgid(pid)
-	case kind < 12 && (!root || pid == 1): // else orphans of the root would become roots
+	case kind < 12 && (!root || !h.isOuter(1)): // else orphans of the root would become roots
 		h.call("subreaper", pid, h.rand.IntN(2), 0)
-	case kind < 15 && !root:
+	case kind < 15 && (!root || parent == nil && pid != h.init.pid):
 		h.call("exit", pid, 0, 0)
-		if h.rand.IntN(4) > 0 {
+		if parent != nil && h.rand.IntN(4) > 0 {
 			h.call("reap", parent.pid, pid, 0)
 		}
 	case h.sharing && h.rand.IntN(3) > 0:
@@ -228,6 +238,7 @@ func TestHistories(t *testing.T) {
 	}
 	for i := range *histories {
 		h := newHistory(seed + uint64(i))
+		h.guests = i%2 == 0
 		size := 1 + i*60 / *histories
 		if *historySize > 0 {
 			size = *historySize

@@ -109,6 +109,17 @@ func (k *kernel) fork(pid, child int, share Tables, sibling bool) error {
 	return nil
 }
 
+// enter is setns(2) and a fork by somebody outside.
+func (k *kernel) enter(pid int) error {
+	if k.inUse[pid] > 0 {
+		return syscall.EEXIST
+	}
+	p := &proc{pid: pid}
+	p.fresh(allTables)
+	k.add(p)
+	return nil
+}
+
 func (k *kernel) setsid(pid int) error {
 	p := k.alive(pid)
 	switch {
@@ -169,8 +180,11 @@ func (k *kernel) exit(pid int) error {
 		return syscall.ESRCH
 	}
 	heir := p.parent
-	for heir != k.init && !heir.subreaper {
+	for heir != nil && heir != k.init && !heir.subreaper {
 		heir = heir.parent
+	}
+	if heir == nil { // p was brought in from outside, or is below such a one
+		heir = k.init
 	}
 	for _, c := range p.children {
 		c.parent = heir
@@ -178,7 +192,10 @@ func (k *kernel) exit(pid int) error {
 	heir.children = append(heir.children, p.children...)
 	p.children = nil
 	p.zombie = true
-	if k.autoReap {
+	switch {
+	case p.parent == nil:
+		k.remove(p)
+	case k.autoReap:
 		return k.reap(p.parent.pid, pid)
 	}
 	return nil
@@ -223,6 +240,8 @@ func (k *kernel) run(s Step) error {
 			return syscall.EINVAL
 		}
 		return k.leave(s.Pid, s.Tables)
+	case Enter:
+		return k.enter(s.Child)
 	}
 	return fmt.Errorf("operation %d", s.Op)
 }
@@ -281,8 +300,10 @@ func play(plan *Plan, want []Process) error {
 	var k *kernel
 	for i, p := range want {
 		if !pids[p.Ppid] {
-			k = newKernel(p.Pid, p.Sid == p.Pid)
 			want[i].Ppid = 0
+			if k == nil {
+				k = newKernel(p.Pid, p.Sid == p.Pid)
+			}
 		}
 	}
 	k.autoReap = true

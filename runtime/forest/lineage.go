@@ -2,6 +2,7 @@ package forest
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 )
 
@@ -21,7 +22,9 @@ func (f *family) drawLineage() *conflict {
 		if c := r.draw(); c != nil {
 			return c
 		}
-		r.link()
+		if c := r.link(); c != nil {
+			return c
+		}
 	}
 	return nil
 }
@@ -154,10 +157,13 @@ func siblingRank(n *node) int {
 
 // link turns forkers into lists of children. Descendants go first, so that the list early of a node is
 // complete when the node itself is linked.
-func (r *region) link() {
+func (r *region) link() *conflict {
 	for _, n := range slices.Backward(r.nodes) {
 		forker := r.forker[n]
 		n.forker = forker
+		if n.outside && forker != r.leader {
+			return &conflict{pid: n.Pid, reason: fmt.Sprintf("it was brought in from outside, but would have to descend from %d", forker.Pid)}
+		}
 		if r.id == 0 && (n.Pgid == 0 || n.keepsOutside) {
 			forker.keepsOutside = true
 		}
@@ -165,6 +171,9 @@ func (r *region) link() {
 		// it is as well forked by a parent that has called setsid before.
 		before := forker != r.leader && forker.leads()
 		if before && !(n.leads() && len(n.early) == 0) {
+			if forker.outside {
+				return &conflict{pid: n.Pid, reason: fmt.Sprintf("it would have to be forked by %d before that was brought in from outside", forker.Pid)}
+			}
 			forker.early = append(forker.early, n)
 		} else {
 			forker.late = append(forker.late, n)
@@ -174,6 +183,7 @@ func (r *region) link() {
 		slices.SortStableFunc(n.early, compareSiblings)
 		slices.SortStableFunc(n.late, compareSiblings)
 	}
+	return nil
 }
 
 func compareSiblings(a, b *node) int {

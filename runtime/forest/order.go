@@ -93,7 +93,7 @@ func (s *search) try(extra []edge, depth int) *conflict {
 // corrections are the cures of a conflict that contradict the order of birth which led to it.
 func (s *search) corrections(c *conflict) []edge {
 	return slices.DeleteFunc(c.cures, func(cure edge) bool {
-		return cure.older.age <= cure.younger.age || cure.younger == s.sessions[0]
+		return cure.older.age <= cure.younger.age || cure.younger == s.sessions[0] || cure.younger.leader.outside
 	})
 }
 
@@ -166,13 +166,17 @@ func (s *search) orderByBirth(extra []edge) bool {
 	return born == len(s.nodes)
 }
 
-// birthQueue yields the members of sessions at once, since only leaders compete, and those by pid.
+// birthQueue yields the members of sessions at once, since only leaders compete, and those by pid. What comes
+// from outside needs nobody to be there before it, so it may as well come first.
 type birthQueue []*node
 
 func (q birthQueue) Len() int { return len(q) }
 func (q birthQueue) Less(i, j int) bool {
 	if a, b := q[i].leads(), q[j].leads(); a != b {
 		return b
+	}
+	if a, b := q[i].outside, q[j].outside; a != b {
+		return a
 	}
 	return q[i].Pid < q[j].Pid
 }

@@ -43,6 +43,9 @@ func (f *family) pinOrigins() *conflict {
 		if s == parent || s.age > parent.age {
 			continue
 		}
+		if n.parent.outside {
+			return &conflict{n.Pid, fmt.Sprintf("its parent %d was brought in from outside, and its session %d is older", n.Ppid, s.id), nil}
+		}
 		if parent.pinned && parent.origin != s {
 			return &conflict{n.Pid, fmt.Sprintf("its parent %d leads a session and has children from both the sessions %d and %d",
 				n.Ppid, parent.origin.id, s.id), []edge{{parent, s}, {parent, parent.origin}}}
@@ -91,7 +94,7 @@ func (s *session) addAbove(n *node, from *session) bool {
 // ones must then be above the leader of the origin. It says whether anything changed.
 func (s *session) lift() (changed bool, c *conflict) {
 	for _, a := range s.above {
-		r := a.region()
+		r := a.cradle()
 		if a.leads() && a.session.age >= s.age {
 			return false, s.clash(a, edge{a.session, s})
 		}
@@ -116,6 +119,15 @@ func (s *session) lift() (changed bool, c *conflict) {
 	return changed, nil
 }
 
+// cradle is the oldest session in which n can have descendants. What was brought in from outside has none before
+// its setsid.
+func (n *node) cradle() *session {
+	if n.outside {
+		return n.session
+	}
+	return n.region()
+}
+
 // pass makes sure that the ancestor a of the leader of s is born in the origin of s, leads it, or is above.
 func (s *session) pass(a *node) (changed bool, c *conflict) {
 	origin := s.origin
@@ -123,6 +135,10 @@ func (s *session) pass(a *node) (changed bool, c *conflict) {
 		return false, nil
 	}
 	if !a.leads() || a.session.age < origin.age {
+		if origin.leader.outside {
+			return false, &conflict{s.leader.Pid, fmt.Sprintf("the leader of session %d would have to descend from pid %d, "+
+				"and from %d, which was brought in from outside", s.id, a.Pid, origin.id), nil}
+		}
 		return origin.addAbove(a, s), nil
 	}
 	// a leads a session younger than the origin, so it must be born below the origin's leader.
@@ -171,7 +187,7 @@ func (e *explanation) origin(s *session) {
 		e.above(s.raiser, s.leader)
 	default:
 		for _, a := range s.above {
-			if a.region() == s.origin {
+			if a.cradle() == s.origin {
 				e.region(a)
 				e.above(s, a)
 			}

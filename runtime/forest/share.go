@@ -130,7 +130,7 @@ func (c *class) has(n *node) bool { return n.Shared[c.table] == c.id }
 // top is the highest node above n that members lead up to without a gap; with passing set, the dead may
 // be in between, who can hold any table.
 func (c *class) top(n *node, passing bool) *node {
-	for n.forker != nil && (c.has(n.forker) || passing && n.forker.dead() && n.forker.carried[c.table] == 0) {
+	for n.forker != nil && !n.outside && (c.has(n.forker) || passing && n.forker.dead() && n.forker.carried[c.table] == 0) {
 		n = n.forker
 	}
 	return n
@@ -179,7 +179,7 @@ func hangBelow(head, own *node, tops []*node, strict bool) bool {
 
 // fits says that head can fork n instead of its forker.
 func (n *node) fits(head *node, strict bool) bool {
-	if head.descends(n) || n.listBelow(head) == nil {
+	if n.outside || head.descends(n) || n.listBelow(head) == nil {
 		return false
 	}
 	for t, id := range n.Shared {
@@ -218,7 +218,7 @@ func (n *node) listBelow(head *node) *[]*node {
 		return &head.late
 	case head.leads() && head.session == region, !head.leads() && head.region() == region:
 		return &head.late
-	case head.region() == region && head.bornAtHome(false):
+	case head.region() == region && !head.outside && head.bornAtHome(false):
 		return &head.early
 	}
 	return nil
@@ -231,7 +231,7 @@ func (n *node) bornAtHome(move bool) bool {
 	switch {
 	case f.leads() && f.session == n.region():
 		return true
-	case f.region() != n.region():
+	case f.region() != n.region() || f.outside:
 		return false
 	case !f.leads():
 		return true
@@ -284,6 +284,9 @@ func (c *class) carry() *conflict {
 	}
 	for _, n := range c.members {
 		for n != top {
+			if n.outside {
+				return &conflict{pid: n.Pid, reason: fmt.Sprintf("it was brought in from outside, but processes above and below it share one %v", c.table)}
+			}
 			n = n.forker
 			switch {
 			case c.has(n) || n.carried[c.table] == c.id:

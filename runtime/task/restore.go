@@ -192,6 +192,12 @@ func CloneProcess(b *tracee.Batch, pid, exitSignal int32, share uint64) {
 	clone(b, share, uint64(exitSignal), pid)
 }
 
+// CloneSibling adds the clone3(2) of a process with the parent of its forker,
+// who decides on its exit signal too.
+func CloneSibling(b *tracee.Batch, pid int32) {
+	clone(b, unix.CLONE_PARENT, 0, pid)
+}
+
 const cloneArgsSize = 88 // struct clone_args, version 2
 
 func clone(b *tracee.Batch, flags, exitSignal uint64, tid int32) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,7 +54,14 @@ func (s *Service) Close() error {
 
 // StubExecutable is a memfd with the executable that a container's init starts
 // as. The caller closes it.
-func StubExecutable() (*os.File, error) {
+func StubExecutable() (*os.File, error) { return executable("") }
+
+// GuestExecutable is the same for a process that is brought into a container,
+// which nobody holds back until we trace it: it begins with reading a byte from
+// descriptor 5, and leaves if there is none.
+func GuestExecutable() (*os.File, error) { return executable(awaitByte) }
+
+func executable(begin string) (*os.File, error) {
 	const mfdExec = 0x10 // MFD_EXEC, Linux 6.3; before it every memfd is executable
 	f, err := memfd("ocickpt-stub", mfdExec)
 	if errors.Is(err, unix.EINVAL) {
@@ -62,7 +70,7 @@ func StubExecutable() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := f.Write(stubELF()); err != nil {
+	if _, err := f.Write(stubELF(begin)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
@@ -90,8 +98,30 @@ type Stub struct {
 // would make the kernel unblock it and reset its handler (force_sig).
 const allSignalsButTrap = ^uint64(1 << (unix.SIGTRAP - 1))
 
-// NewStub takes over a thread that has just executed StubExecutable and rests
-// at its first event: the exec. Registers written there would be overwritten
+// NewGuest takes over a process that executes GuestExecutable and has not been
+// sent its byte yet. send does that.
+func NewGuest(pid int, s *Service, send func() error) (*Stub, error) {
+	t, err := Seize(pid, pid, StubOptions)
+	if err == nil {
+		err = t.Interrupt()
+	}
+	if err == nil {
+		err = t.WaitInterrupt(guestPatience)
+	}
+	if err == nil {
+		err = send()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return NewStub(t, s)
+}
+
+// guestPatience bounds the wait for a guest to stop.
+const guestPatience = 5 * time.Second
+
+// NewStub takes over a thread that executes StubExecutable and rests at a stop
+// before its INT3: the exec, as a rule. Registers written there would be overwritten
 // by execve's own return value, so it runs on to the INT3 first.
 func NewStub(t *Thread, s *Service) (*Stub, error) {
 	if err := t.SetSigMask(allSignalsButTrap); err != nil {

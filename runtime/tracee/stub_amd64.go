@@ -66,9 +66,10 @@ func (r *Regs) left() int { return int(r.R12) }
 // result is the result of the call that has just returned.
 func (r *Regs) result() int64 { return int64(r.Rax) }
 
-// stubELF is a static executable of one page whose entry is an INT3: all that
-// is needed to be something's init until the real one is put in its place.
-func stubELF() []byte {
+// stubELF is a static executable of one page whose entry is the given code and
+// then an INT3: all that is needed to be something's init until the real one is
+// put in its place.
+func stubELF(begin string) []byte {
 	const (
 		base   = 0x10000
 		text   = 0x100
@@ -99,9 +100,22 @@ func stubELF() []byte {
 	le.PutUint32(stack[0:], 0x6474e551) // PT_GNU_STACK
 	le.PutUint32(stack[4:], 6)          // rw-
 	copy(b[text:], code)
-	copy(b[entry:], "\xcc\xeb\xfd") // int3; jmp back to it
+	copy(b[entry:], begin+"\xcc\xeb\xfd") // int3; jmp back to it
 	return b
 }
+
+// awaitByte reads one byte from descriptor 5. At its end, when the coordinator
+// is gone that has the other side, it leaves.
+const awaitByte = "\x31\xc0" + // xor eax, eax: read
+	"\xbf\x05\x00\x00\x00" + // mov edi, 5
+	"\x48\x8d\x74\x24\xf8" + // lea rsi, [rsp-8]
+	"\xba\x01\x00\x00\x00" + // mov edx, 1
+	"\x0f\x05" + // syscall
+	"\xff\xc8" + // dec eax
+	"\x74\x09" + // je to the end
+	"\xb8\xe7\x00\x00\x00" + // mov eax, exit_group
+	"\x31\xff" + // xor edi, edi
+	"\x0f\x05" // syscall
 
 // stubCode is where the service code stands in a running stubELF.
 const stubCode = 0x10000 + 0x100

@@ -54,16 +54,16 @@ func must(t *testing.T, err error) {
 }
 
 func TestStubELF(t *testing.T) {
-	f, err := elf.NewFile(strings.NewReader(string(stubELF())))
+	f, err := elf.NewFile(strings.NewReader(string(stubELF(""))))
 	must(t, err)
 	if len(f.Progs) != 2 || f.Progs[0].Flags != elf.PF_R|elf.PF_X || f.Progs[1].Type != elf.PT_GNU_STACK || f.Progs[1].Flags&elf.PF_X != 0 {
 		t.Errorf("segments %+v", f.Progs)
 	}
-	code := stubELF()[f.Entry-f.Progs[0].Vaddr:]
+	code := stubELF("")[f.Entry-f.Progs[0].Vaddr:]
 	if code[0] != 0xcc || f.Entry < stubCode+uint64(len(serviceCode())) {
 		t.Errorf("entry %#x: %x", f.Entry, code[:4])
 	}
-	if at := f.Progs[0].Vaddr; string(stubELF()[stubCode-at:][:len(serviceCode())]) != string(serviceCode()) {
+	if at := f.Progs[0].Vaddr; string(stubELF("")[stubCode-at:][:len(serviceCode())]) != string(serviceCode()) {
 		t.Error("the service code is not where a stub runs it")
 	}
 }
