@@ -216,6 +216,8 @@ func (t *Thread) Reap() error {
 
 // WaitInterrupt waits at most limit for the stop that Interrupt asked for.
 // Signals that arrive first are delivered, as they would have been without us.
+// Any stop takes back the one that was asked for (ptrace_stop in
+// kernel/signal.c clears JOBCTL_TRAP_STOP), so it is asked for again.
 func (t *Thread) WaitInterrupt(limit time.Duration) error {
 	deadline := time.Now().Add(limit)
 	for nap := 10 * time.Microsecond; ; nap = min(2*nap, time.Millisecond) {
@@ -228,9 +230,9 @@ func (t *Thread) WaitInterrupt(limit time.Duration) error {
 		case stopped && s.Interrupted():
 			return nil
 		case stopped && s.Event == 0 && !s.Syscall():
-			err = t.Cont(s.Signal)
+			err = t.contInterrupted(s.Signal)
 		case stopped:
-			err = t.Cont(0)
+			err = t.contInterrupted(0)
 		case time.Now().After(deadline):
 			return fmt.Errorf("task %d: %w within %v", t.Tid, ErrNoStop, limit)
 		default:
@@ -247,6 +249,13 @@ func (t *Thread) WaitInterrupt(limit time.Duration) error {
 func (t *Thread) GroupStopped() bool {
 	s, stopped, err := t.wait(unix.WNOHANG)
 	return err == nil && stopped && s.Event == eventStop && s.Signal != unix.SIGTRAP
+}
+
+func (t *Thread) contInterrupted(sig unix.Signal) error {
+	if err := t.Cont(sig); err != nil {
+		return err
+	}
+	return t.Interrupt()
 }
 
 // EventMessage is the number that goes with an event: a new task's id.
