@@ -14,9 +14,10 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *MM, *Shmem, *Sighand, *Namespace
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
 
-	tasks map[int32]*Task
+	tasks     map[int32]*Task
+	processes map[int32]*Process // by pid
 }
 
 // object returns the object that ref names, or nil where it has another type.
@@ -49,29 +50,33 @@ func (h *Head) Sighand(ref Ref) *Sighand { return object[Sighand](h, ref) }
 // Namespace returns the namespace ref, or nil if there is none.
 func (h *Head) Namespace(ref Ref) *Namespace { return object[Namespace](h, ref) }
 
+// Nested returns the namespace ref that tasks have made, or nil if there is none.
+func (h *Head) Nested(ref Ref) *NestedNamespace { return object[NestedNamespace](h, ref) }
+
 // Task returns the task of the process pid, or nil for a zombie or a pid that
 // the image does not have.
 func (h *Head) Task(pid int32) *Task { return h.tasks[pid] }
+
+// Process returns the process pid of the tree, or nil if there is none.
+func (h *Head) Process(pid int32) *Process { return h.processes[pid] }
 
 // builder checks the records of a stream one by one and assembles the head
 // from them. Writer and Reader each own one, so that both hold a stream to the
 // same rules.
 type builder struct {
 	Head
-	section   section
-	last      Ref                // highest reference defined so far
-	metadata  uint64             // payload bytes of sections 1 to 5
-	processes map[int32]*Process // by pid
-	spaceOf   map[Ref]Ref        // the address space of those who have these signal actions
-	progress  map[Ref]uint64     // where the next TypeBytes of an object may begin
+	section  section
+	last     Ref            // highest reference defined so far
+	metadata uint64         // payload bytes of sections 1 to 5
+	spaceOf  map[Ref]Ref    // the address space of those who have these signal actions
+	progress map[Ref]uint64 // where the next TypeBytes of an object may begin
 }
 
 func newBuilder() *builder {
 	return &builder{
-		Head:      Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}},
-		processes: map[int32]*Process{},
-		spaceOf:   map[Ref]Ref{},
-		progress:  map[Ref]uint64{},
+		Head:     Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}, processes: map[int32]*Process{}},
+		spaceOf:  map[Ref]Ref{},
+		progress: map[Ref]uint64{},
 	}
 }
 
@@ -148,7 +153,7 @@ func (b *builder) check(v any) error {
 	case *Container:
 		return checkContainer(v)
 	case *Tree:
-		return checkTree(v)
+		return first(checkTree(v), b.checkNested(v))
 	case *Task:
 		return b.checkTask(v)
 	case *File:
@@ -185,6 +190,11 @@ func (b *builder) keep(ref Ref, v any) {
 		}
 	case *Tree:
 		b.Tree = *v
+		for i := range v.Namespaces {
+			ns := &b.Tree.Namespaces[i]
+			b.Objects[ns.Ref] = ns
+			b.last = ns.Ref
+		}
 		b.index()
 	case *Task:
 		b.Tasks = append(b.Tasks, v)

@@ -152,8 +152,8 @@ func TestUnknownKeysTolerated(t *testing.T) {
 	f := newForge()
 	f.head(t, 3)
 	f.any(t, TypeTree, 0, map[int]any{
-		1: []any{map[int]any{1: 1, 2: 0, 3: 1, 4: 1, 5: []int{1}, 7: true, 9: []byte("init"), 99: map[string]any{"new": []int{1}}}},
-		2: "a field of a later writer",
+		1:  []any{map[int]any{1: 1, 2: 0, 3: 1, 4: 1, 5: []int{1}, 7: true, 9: []byte("init"), 99: map[string]any{"new": []int{1}}}},
+		98: "a field of a later writer",
 	})
 	f.any(t, TypeTrailer, 0, f.tally.trailer())
 	if _, err := Verify(bytes.NewReader(f.image())); err != nil {
@@ -183,7 +183,7 @@ func TestOrder(t *testing.T) {
 		"incomplete pipe": {func(f *forge) { f.contents(t); f.any(t, TypeTrailer, 0, f.tally.trailer()) }, "pipe #4 holds 5 bytes, the image has 0"},
 		"wrong digest": {func(f *forge) {
 			f.head(t, 3)
-			f.any(t, TypeTree, 0, Tree{[]Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}})
+			f.any(t, TypeTree, 0, Tree{Processes: []Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}})
 			tr := f.tally.trailer()
 			tr.Digest[0]++
 			f.any(t, TypeTrailer, 0, tr)

@@ -144,9 +144,49 @@ type Link struct {
 	Routes    []string `cbor:"5,keyasint,omitempty"`
 }
 
-// Tree is the task hierarchy, parents before their children.
+// Tree is the task hierarchy, parents before their children, and the namespaces
+// that tasks have made themselves, owners and parents first.
 type Tree struct {
-	Processes []Process `cbor:"1,keyasint"`
+	Processes  []Process         `cbor:"1,keyasint"`
+	Namespaces []NestedNamespace `cbor:"2,keyasint,omitempty"`
+}
+
+// NestedNamespace is a namespace that a task of the container has made. Exactly
+// the part its type needs is set.
+type NestedNamespace struct {
+	Ref    Ref            `cbor:"1,keyasint"`
+	Type   string         `cbor:"2,keyasint"`
+	Inode  uint64         `cbor:"3,keyasint"`
+	Owner  Ref            `cbor:"4,keyasint"`           // the user namespace that owns it, the parent of a user namespace
+	Parent Ref            `cbor:"5,keyasint,omitempty"` // of a pid namespace
+	User   *UserNamespace `cbor:"6,keyasint,omitempty"`
+	UTS    *UTSNamespace  `cbor:"7,keyasint,omitempty"`
+	Time   *TimeNamespace `cbor:"8,keyasint,omitempty"`
+	Mounts []Mount        `cbor:"9,keyasint,omitempty"`  // of a mount namespace, all of them
+	Links  []Link         `cbor:"10,keyasint,omitempty"` // of a network namespace
+	Dead   bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
+}
+
+// UserNamespace is what is set on a user namespace. Host ids of its maps are
+// those of the container's user namespace.
+type UserNamespace struct {
+	OwnerUID  uint32  `cbor:"1,keyasint"` // the creator's, in the container's user namespace
+	UIDMap    []IDMap `cbor:"2,keyasint,omitempty"`
+	GIDMap    []IDMap `cbor:"3,keyasint,omitempty"`
+	Setgroups bool    `cbor:"4,keyasint,omitempty"` // setgroups(2) is allowed
+}
+
+// UTSNamespace is what uname(2) says in a uts namespace.
+type UTSNamespace struct {
+	Hostname   string `cbor:"1,keyasint"`
+	Domainname string `cbor:"2,keyasint"`
+}
+
+// TimeNamespace is what the clocks show in a time namespace at the stop,
+// nanoseconds.
+type TimeNamespace struct {
+	Monotonic int64 `cbor:"1,keyasint"`
+	Boottime  int64 `cbor:"2,keyasint"`
 }
 
 // Process is one process's place in the hierarchy. Ids are those of the
@@ -161,6 +201,20 @@ type Process struct {
 	Zombie  bool    `cbor:"7,keyasint,omitempty"`
 	Status  uint32  `cbor:"8,keyasint,omitempty"` // wait status of a zombie
 	Comm    []byte  `cbor:"9,keyasint"`
+	// Namespaces are those it is in that are not init's.
+	Namespaces []Ref `cbor:"10,keyasint,omitempty"`
+	// Children are those that its children begin in where those are not its
+	// own (pid and time), zero standing for a pid namespace not born yet.
+	Children []Ref `cbor:"11,keyasint,omitempty"`
+	// Inner, of a process in a nested pid namespace, are the ids there.
+	Inner *InnerIDs `cbor:"12,keyasint,omitempty"`
+}
+
+// InnerIDs are ids in each pid namespace below the container's, outermost first.
+type InnerIDs struct {
+	Threads [][]int32 `cbor:"1,keyasint"` // of each thread, leader first; of a zombie its pid
+	Pgid    []int32   `cbor:"2,keyasint"` // zero where the group is from outside
+	Sid     []int32   `cbor:"3,keyasint"`
 }
 
 // Task is one process with its threads. Zombies have none.

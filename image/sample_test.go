@@ -195,7 +195,7 @@ func smallImage(t testing.TB) []byte {
 	check(t, w.Record(TypeHeader, 0, sampleHeader()))
 	check(t, w.Record(TypeArch, 0, sampleArch()))
 	check(t, w.Record(TypeContainer, 0, Container{ID: "small"}))
-	check(t, w.Record(TypeTree, 0, Tree{[]Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}}))
+	check(t, w.Record(TypeTree, 0, Tree{Processes: []Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}}))
 	check(t, w.Record(TypePipe, w.NewRef(), Pipe{Capacity: 4096, Length: 3}))
 	check(t, w.Bytes(1, 0, []byte("abc")))
 	check(t, w.Close())

@@ -32,6 +32,7 @@ type Summary struct {
 	Sections   []SectionSummary   `json:"sections"`
 	Warnings   []string           `json:"warnings"`
 	Namespaces []NamespaceSummary `json:"namespaces"`
+	Nested     []NestedSummary    `json:"nested,omitempty"`
 }
 
 // Failure is the error record of a checkpoint that failed.
@@ -73,6 +74,18 @@ type ProcessSummary struct {
 	Comm    string          `json:"comm"`
 	Threads []ThreadSummary `json:"threads,omitempty"`
 	State   string          `json:"state"` // "running", "stopped by ..." or "zombie, ..."
+	// Namespaces are those that are not init's, by their references in Nested.
+	Namespaces []string `json:"namespaces,omitempty"`
+}
+
+// NestedSummary is one namespace that tasks have made.
+type NestedSummary struct {
+	Ref    Ref    `json:"ref"`
+	Type   string `json:"type"`
+	Inode  uint64 `json:"inode,omitempty"`
+	Owner  Ref    `json:"owner"` // user namespace
+	Holds  string `json:"holds,omitempty"`
+	Parent Ref    `json:"parent,omitempty"`
 }
 
 // ThreadSummary is one thread of a process.
@@ -191,6 +204,7 @@ func summarize(h *Head, stored storage) *Summary {
 		Options:    []string{},
 		Container:  containerSummary(&h.Container),
 		Namespaces: namespaceSummaries(&h.Container),
+		Nested:     nestedSummaries(&h.Tree),
 		Processes:  processSummaries(h),
 		Tables:     tableSummaries(h),
 		Memory:     memorySummaries(h, stored),
@@ -222,13 +236,61 @@ func namespaceSummaries(c *Container) []NamespaceSummary {
 	return list
 }
 
+func nestedSummaries(t *Tree) (list []NestedSummary) {
+	for i := range t.Namespaces {
+		n := &t.Namespaces[i]
+		list = append(list, NestedSummary{Ref: n.Ref, Type: n.Type, Inode: n.Inode, Owner: n.Owner, Parent: n.Parent, Holds: n.holds()})
+	}
+	return list
+}
+
+// holds says in short what is in a namespace.
+func (n *NestedNamespace) holds() string {
+	switch {
+	case n.UTS != nil:
+		return n.UTS.Hostname
+	case n.User != nil:
+		ranges := func(m []IDMap) (s []string) {
+			for _, r := range m {
+				s = append(s, fmt.Sprintf("%d=%d+%d", r.Container, r.Host, r.Size))
+			}
+			return s
+		}
+		return fmt.Sprintf("of uid %d, uids %v, gids %v", n.User.OwnerUID, ranges(n.User.UIDMap), ranges(n.User.GIDMap))
+	case n.Time != nil:
+		return fmt.Sprintf("monotonic %v", time.Duration(n.Time.Monotonic))
+	case n.Dead:
+		return "dead"
+	case n.Mounts != nil:
+		return count(uint64(len(n.Mounts)), "mount")
+	}
+	return ""
+}
+
+// nestedTexts names the namespaces that a process and its children are in.
+func nestedTexts(h *Head, p *Process) (list []string) {
+	for _, ref := range p.Namespaces {
+		n := h.Nested(ref)
+		s := fmt.Sprintf("%s #%d", n.Type, ref)
+		if n.Type == "pid" && p.Inner != nil {
+			leader := p.Inner.Threads[0]
+			s += fmt.Sprintf(" as %d", leader[len(leader)-1])
+		}
+		list = append(list, s)
+	}
+	for _, ref := range p.Children {
+		list = append(list, fmt.Sprintf("children in %s #%d", h.Nested(ref).Type, ref))
+	}
+	return list
+}
+
 func processSummaries(h *Head) []ProcessSummary {
 	list := []ProcessSummary{}
 	for i := range h.Tree.Processes {
 		p := &h.Tree.Processes[i]
 		s := ProcessSummary{
 			Pid: p.Pid, HostPid: p.Pids[0], Ppid: p.Ppid, Pgid: p.Pgid, Sid: p.Sid,
-			Comm: string(p.Comm), State: "running",
+			Comm: string(p.Comm), State: "running", Namespaces: nestedTexts(h, p),
 		}
 		if p.Zombie {
 			s.State = "zombie, " + waitStatus(p.Status)

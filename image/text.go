@@ -21,6 +21,7 @@ func (s *Summary) WriteText(w io.Writer) error {
 	s.textHeader(b)
 	s.textContainer(b)
 	s.textTree(b)
+	s.textNested(b)
 	s.textFiles(b)
 	s.textMemory(b)
 	s.textSections(b)
@@ -161,7 +162,7 @@ func drawTree(w io.Writer, children map[int32][]*ProcessSummary) {
 		stack = stack[:len(stack)-1]
 		line, indent := p.lines()
 		fmt.Fprintf(w, "%s%d %s\t%d\t%d\t%d\t%s\t%s\n", p.indent+line, p.Pid, printable(p.Comm),
-			p.HostPid, p.Pgid, p.Sid, threadsText(p.ProcessSummary), p.State)
+			p.HostPid, p.Pgid, p.Sid, threadsText(p.ProcessSummary), stateText(p.ProcessSummary))
 		stack = twigs(stack, children[p.Pid], indent, p.depth+1)
 	}
 }
@@ -187,6 +188,32 @@ func (t *twig) lines() (line, indent string) {
 		return "└─ ", t.indent + "   "
 	}
 	return "├─ ", t.indent + "│  "
+}
+
+// stateText is a process's state, and where it is that init is not.
+func stateText(p *ProcessSummary) string {
+	if len(p.Namespaces) == 0 {
+		return p.State
+	}
+	return p.State + "; " + strings.Join(p.Namespaces, ", ")
+}
+
+// textNested lists the namespaces that tasks have made.
+func (s *Summary) textNested(w io.Writer) {
+	if len(s.Nested) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "\nNamespaces made by tasks: %d\n", len(s.Nested))
+	table(w, func(t io.Writer) {
+		fmt.Fprintf(t, "  REF\tTYPE\tOWNER\tPARENT\tHOLDS\n")
+		for _, n := range s.Nested {
+			parent := "-"
+			if n.Parent != 0 {
+				parent = fmt.Sprintf("#%d", n.Parent)
+			}
+			fmt.Fprintf(t, "  #%d\t%s\t#%d\t%s\t%s\n", n.Ref, n.Type, n.Owner, parent, printable(n.Holds))
+		}
+	})
 }
 
 // threadsText counts a process's threads and names those that call themselves

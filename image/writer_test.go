@@ -97,7 +97,7 @@ func TestLargeHead(t *testing.T) {
 	f := newForge()
 	f.NewRef()
 	f.NewRef()
-	for _, r := range []sampleRecord{{TypeHeader, sampleHeader()}, {TypeArch, sampleArch()}, {TypeContainer, sampleContainer()}, {TypeTree, Tree{[]Process{p}}}} {
+	for _, r := range []sampleRecord{{TypeHeader, sampleHeader()}, {TypeArch, sampleArch()}, {TypeContainer, sampleContainer()}, {TypeTree, Tree{Processes: []Process{p}}}} {
 		check(t, f.Record(r.t, 0, r.v))
 	}
 	for _, r := range sampleObjects() {
@@ -119,7 +119,7 @@ func TestMetadataBound(t *testing.T) {
 	check(t, w.Record(TypeHeader, 0, sampleHeader()))
 	check(t, w.Record(TypeArch, 0, sampleArch()))
 	check(t, w.Record(TypeContainer, 0, Container{}))
-	check(t, w.Record(TypeTree, 0, Tree{[]Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}}))
+	check(t, w.Record(TypeTree, 0, Tree{Processes: []Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}}))
 	w.state.metadata = MaxMetadata - 20
 	if err := w.Record(TypeFS, w.NewRef(), FS{Cwd: "a directory far away"}); err == nil {
 		t.Error("the limit does not hold")

@@ -41,14 +41,13 @@ func (s status) number(key string) int {
 	return n
 }
 
-// inner is the number in the innermost pid namespace of a key that lists one
-// for each level (NSpid, NSpgid, NSsid).
-func (s status) inner(key string) int {
+// at is the number in the pid namespace of a level, the host's being 1, of a key that lists one for each (NSpid, NSpgid, NSsid).
+func (s status) at(level int, key string) int {
 	levels := strings.Fields(s[key])
-	if len(levels) == 0 {
+	if len(levels) < level {
 		return 0
 	}
-	n, _ := strconv.Atoi(levels[len(levels)-1])
+	n, _ := strconv.Atoi(levels[level-1])
 	return n
 }
 
@@ -71,29 +70,31 @@ func (c *container) tree() map[int]process {
 		}
 	}
 	found := map[int]process{}
+	init := c.state().Pid
+	level := len(strings.Fields(all[init]["NSpid"]))
 	var visit func(pid, parent int)
 	visit = func(pid, parent int) {
 		s, ok := all[pid]
 		if !ok {
 			return
 		}
-		p := describe(pid, parent, s)
+		p := describe(pid, parent, level, s)
 		if c.threadsVary {
 			p.Threads = 0
 		}
-		found[s.inner("NSpid")] = p
+		found[s.at(level, "NSpid")] = p
 		for _, child := range children[pid] {
-			visit(child, s.inner("NSpid"))
+			visit(child, s.at(level, "NSpid"))
 		}
 	}
-	visit(c.state().Pid, 0)
+	visit(init, 0)
 	return found
 }
 
-func describe(pid, parent int, s status) process {
+func describe(pid, parent, level int, s status) process {
 	args, _ := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
 	return process{
-		Parent: parent, Group: s.inner("NSpgid"), Session: s.inner("NSsid"),
+		Parent: parent, Group: s.at(level, "NSpgid"), Session: s.at(level, "NSsid"),
 		Name: s["Name"], Args: strings.ReplaceAll(string(args), "\x00", " "),
 		Zombie: strings.HasPrefix(s["State"], "Z"), Threads: s.number("Threads"),
 	}

@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
-	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -25,7 +25,8 @@ import (
 // once while they are stopped, for the image.
 type census struct {
 	procs   []*process // live ones, parents before children
-	zombies []image.Process
+	zombies []zombie
+	nested  *namespace.Set
 	files   *file.Set
 	shared  *mm.Shared
 	sharing sharing
@@ -35,7 +36,8 @@ type census struct {
 // process is one live process of the container.
 type process struct {
 	pid     int // host
-	inner   int
+	inner   int // in the container's pid namespace
+	place   *namespace.Place
 	comm    []byte
 	tids    []int // host, leader first
 	status  []*task.Status
@@ -53,6 +55,12 @@ type process struct {
 
 func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
 
+// zombie is a process that has ended and waits to be reaped.
+type zombie struct {
+	image.Process
+	place *namespace.Place
+}
+
 // takeCensus reads every process in pids. Processes that are gone by the time
 // they are looked at are left out where they may be (running is true).
 func (c *container) takeCensus(pids []int, running bool) (*census, error) {
@@ -61,10 +69,13 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: shared,
 		Init: &file.Process{Pid: c.initPid, Inner: 1},
 	})}
+	n.nested = namespace.NewSet(namespace.Env{
+		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
+	})
 	for _, pid := range pids {
 		p, err := c.visit(pid)
 		if err == nil && p != nil {
-			err = c.admit(p)
+			err = n.admit(c, p)
 		}
 		if err == nil && p != nil && pid != c.initPid && !slices.Contains(pids, p.status[0].PPid) {
 			err = c.admitGuest(p)
@@ -78,6 +89,9 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 		if p != nil {
 			n.procs = append(n.procs, p)
 		}
+	}
+	if err := n.nested.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
+		return nil, err
 	}
 	if err := n.findSharing(running); err != nil {
 		return nil, err
@@ -132,7 +146,7 @@ func (c *container) visit(pid int) (*process, error) {
 		}
 		p.status = append(p.status, s)
 	}
-	p.inner = task.Innermost(p.status[0].NSpid)
+	p.inner = c.level(p.status[0].NSpid)
 	if p.comm, err = task.Comm(pid); err != nil {
 		return nil, err
 	}
@@ -140,8 +154,17 @@ func (c *container) visit(pid int) (*process, error) {
 	return p, err
 }
 
+// level is the number of the container's pid namespace among those that
+// /proc/PID/status lists of one, 0 if it is not in that namespace.
+func (c *container) level(ids []int) int {
+	if len(ids) < c.pidDepth {
+		return 0
+	}
+	return ids[c.pidDepth-1]
+}
+
 // admit refuses processes that cannot be saved for what they are.
-func (c *container) admit(p *process) error {
+func (n *census) admit(c *container, p *process) (err error) {
 	if err := admitThreads(p); err != nil {
 		return err
 	}
@@ -151,16 +174,15 @@ func (c *container) admit(p *process) error {
 		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
 	case s.State == 'T', c.record.Paused && task.JobStopped(p.pid):
 		return fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint")
-	case len(s.NSpid) != c.pidDepth:
-		return fail.Refuse("", "it lives in a pid namespace of its own; nested pid namespaces are not supported yet", "")
+	case p.inner == 0:
+		return fail.Refuse("pid namespace", "it is in none of the container", "")
 	}
-	ours, err := nsutil.Of(p.pid)
-	if err != nil {
-		return goneIs(p.pid, err)
+	if p.place, err = n.nested.Add(p.pid, p.name()); err != nil {
+		return err
 	}
-	for kind, inode := range ours {
-		if want := c.inodes[kind]; inode != want && kind != "pid_for_children" && kind != "time_for_children" {
-			return fail.Refuse(kind+" namespace", "it differs from that of the container's init; nested namespaces are not supported yet", "")
+	for _, tid := range p.tids[1:] {
+		if err := n.nested.CheckThread(p.pid, tid); err != nil {
+			return err
 		}
 	}
 	return c.inMainCgroup(p.pid)
@@ -220,7 +242,7 @@ func (n *census) findZombies(c *container) error {
 				pid, err := strconv.Atoi(f)
 				if err == nil && !known[pid] {
 					known[pid] = true
-					err = n.addZombie(pid, p)
+					err = n.addZombie(c, pid, p)
 				}
 				if err != nil {
 					return err
@@ -237,7 +259,7 @@ const (
 	statExitCode = 52
 )
 
-func (n *census) addZombie(pid int, parent *process) error {
+func (n *census) addZombie(c *container, pid int, parent *process) error {
 	s, err := task.ReadStatus(pid)
 	if err != nil {
 		return err
@@ -247,19 +269,37 @@ func (n *census) addZombie(pid int, parent *process) error {
 		return err
 	}
 	if s.State != 'Z' {
-		return fail.In(task.Name(task.Innermost(s.NSpid), pid, comm),
+		return fail.In(task.Name(c.level(s.NSpid), pid, comm),
 			fail.Refuse("", "it is a child of the container's "+parent.name()+" but not in the container's cgroup", "move it to the container's cgroup"))
 	}
 	stat, err := task.ReadStat(pid)
 	if err != nil {
 		return err
 	}
-	n.zombies = append(n.zombies, image.Process{
-		Pid: int32(task.Innermost(s.NSpid)), Ppid: int32(parent.inner),
-		Pgid: int32(task.Innermost(s.NSpgid)), Sid: int32(task.Innermost(s.NSsid)),
+	z := zombie{Process: image.Process{
+		Pid: int32(c.level(s.NSpid)), Ppid: int32(parent.inner),
+		Pgid: int32(c.level(s.NSpgid)), Sid: int32(c.level(s.NSsid)),
 		Pids: narrow(s.NSpid), Zombie: true, Status: uint32(stat.Field(statExitCode)), Comm: comm,
-	})
+		Inner: c.innerIDs(s),
+	}}
+	if z.place, err = n.nested.AddZombie(pid, task.Name(int(z.Pid), pid, comm)); err != nil {
+		return err
+	}
+	n.zombies = append(n.zombies, z)
 	return nil
+}
+
+// innerIDs are the ids of a process, with its threads' statuses, in pid
+// namespaces below the container's; nil where there are none.
+func (c *container) innerIDs(status ...*task.Status) *image.InnerIDs {
+	if len(status[0].NSpid) <= c.pidDepth {
+		return nil
+	}
+	in := &image.InnerIDs{Pgid: narrow(status[0].NSpgid[c.pidDepth:]), Sid: narrow(status[0].NSsid[c.pidDepth:])}
+	for _, s := range status {
+		in.Threads = append(in.Threads, narrow(s.NSpid[c.pidDepth:]))
+	}
+	return in
 }
 
 func narrow(ids []int) []int32 {
@@ -271,7 +311,7 @@ func narrow(ids []int) []int32 {
 }
 
 // tree is the task hierarchy for the image, parents before children.
-func (n *census) tree() (image.Tree, error) {
+func (n *census) tree(c *container) (image.Tree, error) {
 	inner := map[int]int{}
 	for _, p := range n.procs {
 		inner[p.pid] = p.inner
@@ -281,14 +321,41 @@ func (n *census) tree() (image.Tree, error) {
 		s := p.status[0]
 		one := image.Process{
 			Pid: int32(p.inner), Ppid: int32(inner[s.PPid]), Comm: p.comm, Pids: narrow(s.NSpid),
-			Pgid: int32(task.Innermost(s.NSpgid)), Sid: int32(task.Innermost(s.NSsid)),
+			Pgid: int32(c.level(s.NSpgid)), Sid: int32(c.level(s.NSsid)), Inner: c.innerIDs(p.status...),
 		}
 		for _, st := range p.status {
-			one.Threads = append(one.Threads, int32(task.Innermost(st.NSpid)))
+			one.Threads = append(one.Threads, int32(c.level(st.NSpid)))
 		}
 		all = append(all, one)
 	}
-	return sortTree(append(all, n.zombies...))
+	for i := range n.zombies {
+		all = append(all, n.zombies[i].Process)
+	}
+	return sortTree(all)
+}
+
+// nest gives namespaces their references and puts these into the tree.
+func (n *census) nest(t *image.Tree, own []image.Namespace, newRef func() image.Ref) {
+	var user, pid image.Ref
+	for i := range own {
+		switch own[i].Type {
+		case "user":
+			user = own[i].Ref
+		case "pid":
+			pid = own[i].Ref
+		}
+	}
+	t.Namespaces = n.nested.Records(newRef, user, pid)
+	places := map[int32]*namespace.Place{}
+	for _, p := range n.procs {
+		places[int32(p.inner)] = p.place
+	}
+	for i := range n.zombies {
+		places[n.zombies[i].Pid] = n.zombies[i].place
+	}
+	for i := range t.Processes {
+		places[t.Processes[i].Pid].Fill(&t.Processes[i])
+	}
 }
 
 // sortTree puts parents before children.

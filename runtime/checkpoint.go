@@ -282,8 +282,10 @@ func (k *checkpoint) look() error {
 			return err
 		}
 	}
-	tree, err := n.tree()
+	tree, err := n.tree(k.c)
 	if err == nil {
+		var any image.Ref // no reference is given out yet
+		n.nest(&tree, nil, func() image.Ref { any++; return any })
 		err = n.checkGrowth(&tree)
 	}
 	if err != nil {
@@ -306,9 +308,6 @@ func (k *checkpoint) look() error {
 // collect reads everything but page contents into records.
 func (k *checkpoint) collect(ctx context.Context) error {
 	k.head.header.Time = time.Now().UnixNano()
-	if err := k.c.readClocks(); err != nil {
-		return err
-	}
 	if err := k.c.lookAgain(); err != nil {
 		return err
 	}
@@ -317,6 +316,13 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		return err
 	}
 	k.census = n
+	teller, err := n.nested.ClockTeller()
+	if err == nil {
+		err = k.c.readClocks(teller)
+	}
+	if err != nil {
+		return err
+	}
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
 		n.checkSharing,
@@ -327,9 +333,13 @@ func (k *checkpoint) collect(ctx context.Context) error {
 			return err
 		}
 	}
-	if k.tree, err = n.tree(); err != nil {
+	if k.tree, err = n.tree(k.c); err != nil {
 		return err
 	}
+	for i := range k.c.record.Namespaces {
+		k.c.record.Namespaces[i].Ref = k.w.NewRef()
+	}
+	n.nest(&k.tree, k.c.record.Namespaces, k.w.NewRef)
 	if err := n.checkGrowth(&k.tree); err != nil {
 		return err
 	}
@@ -366,12 +376,16 @@ func (k *checkpoint) collectTask(p *process) error {
 			if err != nil {
 				return 0
 			}
-			return task.Innermost(s.NSpid)
+			return task.Innermost(s.NSpid) // as the task itself numbers it
 		},
+		Level:  k.c.level,
 		Timers: func() (map[int32]bpf.Timer, bool) { return k.learned.timersOf(p.pid) },
 		Exists: func(inner int) bool {
-			return slices.ContainsFunc(k.census.procs, func(other *process) bool { return other.inner == inner }) ||
-				slices.ContainsFunc(k.census.zombies, func(z image.Process) bool { return int(z.Pid) == inner })
+			level := len(p.status[0].NSpid) - 1 // the task's own pid namespace
+			return slices.ContainsFunc(k.census.procs, func(other *process) bool {
+				ids := other.status[0].NSpid
+				return len(ids) > level && ids[level] == inner
+			}) || slices.ContainsFunc(k.census.zombies, func(z zombie) bool { return len(z.Pids) > level && int(z.Pids[level]) == inner })
 		},
 	}
 	var err error
@@ -382,6 +396,9 @@ func (k *checkpoint) collectTask(p *process) error {
 		if err := mm.CheckKeys(p.state.Task.Threads[i].XState); err != nil {
 			return err
 		}
+	}
+	if err := oneIdentity(p, p.state.Task.Threads); err != nil {
+		return err
 	}
 	n := k.census
 	p.hand, _ = once(n.found.hands, representative(n.sharing.hand, p.pid), func() (*object.Object, error) {
@@ -426,9 +443,6 @@ func (k *checkpoint) writeHead(context.Context) error {
 	}
 	if err := k.w.Record(image.TypeArch, 0, &k.head.arch); err != nil {
 		return err
-	}
-	for i := range k.c.record.Namespaces {
-		k.c.record.Namespaces[i].Ref = k.w.NewRef()
 	}
 	if err := k.w.Record(image.TypeContainer, 0, &k.c.record); err != nil {
 		return err

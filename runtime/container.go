@@ -20,6 +20,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
@@ -35,6 +36,7 @@ type container struct {
 	initPid     int
 	pidDepth    int // levels of pid namespaces down to the container's
 	inodes      map[string]uint64
+	host        map[string]uint64 // the namespaces of this process, by type
 	maps        task.IDMaps
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 	usual       task.Usual
@@ -202,6 +204,7 @@ func (c *container) readNamespaces(_ *libcontainer.State, config *configs.Config
 	if err != nil {
 		return err
 	}
+	c.host = host
 	for _, kind := range nsutil.Types {
 		inode, ok := c.inodes[kind]
 		if !ok {
@@ -218,6 +221,9 @@ func (c *container) readNamespaces(_ *libcontainer.State, config *configs.Config
 	}
 	if c.inodes["pid"] == host["pid"] {
 		return fail.Refuse("pid namespace", "the container has none of its own, so its pids cannot be given again", "give it one (linux.namespaces pid)")
+	}
+	if owner, err := nsutil.Owner(nsutil.Path(c.initPid, "pid")); err != nil || owner != c.inodes["user"] {
+		return errors.Join(goneIs(c.initPid, err), fail.Refuse("user namespace", "the container's init has left the one that it was started in; that is not supported yet", ""))
 	}
 	if c.inodes["user"] != host["user"] {
 		if c.maps, err = readIDMaps(c.initPid); err != nil {
@@ -329,24 +335,11 @@ func (c *container) lookAgain() error {
 	return nil
 }
 
-// readClocks notes the container's clocks. It is called at the stop.
-func (c *container) readClocks() error {
-	mono, boot, err := nsutil.TimeOffsets(c.initPid)
-	if err != nil {
-		return goneIs(c.initPid, err)
-	}
-	for clock, to := range map[int32]*int64{unix.CLOCK_MONOTONIC: &mono, unix.CLOCK_BOOTTIME: &boot} {
-		var ts unix.Timespec
-		if err := unix.ClockGettime(clock, &ts); err != nil {
-			return err
-		}
-		*to += ts.Nano()
-		if clock == unix.CLOCK_MONOTONIC {
-			c.now = ts.Nano()
-		}
-	}
-	c.record.Monotonic, c.record.Boottime = mono, boot
-	return nil
+// readClocks notes the container's clocks, which a task of it tells. It is
+// called at the stop.
+func (c *container) readClocks(teller int) (err error) {
+	c.record.Monotonic, c.record.Boottime, c.now, err = namespace.Clocks(teller)
+	return goneIs(teller, err)
 }
 
 func (c *container) warn(format string, args ...any) {

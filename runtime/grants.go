@@ -34,8 +34,11 @@ type grants struct {
 
 // checkImage refuses an image that claims more than the bundle gives.
 func (g *grants) checkImage(head *image.Head) error {
+	if err := g.checkNested(head); err != nil {
+		return err
+	}
 	for _, t := range head.Tasks {
-		err := g.checkProcess(t)
+		err := g.checkProcess(t, userOf(head, t.Pid))
 		if err == nil {
 			err = g.checkLocked(head.MM(t.MM))
 		}
@@ -46,12 +49,12 @@ func (g *grants) checkImage(head *image.Head) error {
 	return nil
 }
 
-func (g *grants) checkProcess(t *image.Task) error {
+func (g *grants) checkProcess(t *image.Task, user *image.NestedNamespace) error {
 	if err := g.checkTask(t); err != nil {
 		return fail.In(fmt.Sprintf("task %d", t.Pid), err)
 	}
 	for i := range t.Threads {
-		if err := g.check(&t.Threads[i]); err != nil {
+		if err := g.check(&t.Threads[i], user); err != nil {
 			return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
 		}
 	}
@@ -189,7 +192,9 @@ var rlimitNumbers = map[string]int{
 	"RLIMIT_SIGPENDING": 11, "RLIMIT_MSGQUEUE": 12, "RLIMIT_NICE": 13, "RLIMIT_RTPRIO": 14, "RLIMIT_RTTIME": 15,
 }
 
-func (g *grants) check(t *image.Thread) error {
+// check refuses what one thread claims. In a user namespace of the container's
+// own making capabilities are only about what that has made.
+func (g *grants) check(t *image.Thread, user *image.NestedNamespace) error {
 	if t.Controls.IOFlusher && g.capabilities&(1<<unix.CAP_SYS_RESOURCE) == 0 {
 		return fail.Refuse("", "it is an I/O flusher (PR_SET_IO_FLUSHER), which takes CAP_SYS_RESOURCE, and the bundle does not give it", "add it to the bundle's bounding set if it may have it")
 	}
@@ -200,25 +205,86 @@ func (g *grants) check(t *image.Thread) error {
 		return fail.Refuse("seccomp strict mode", "a thread has it instead of filters, and the bundle gives filters", "take linux.seccomp out of the bundle")
 	}
 	c := &t.Creds
-	if extra := (c.Bounding | c.Permitted | c.Effective | c.Inheritable | c.Ambient) &^ g.capabilities; extra != 0 {
+	if extra := (c.Bounding | c.Permitted | c.Effective | c.Inheritable | c.Ambient) &^ g.capabilities; extra != 0 && user == nil {
 		return fail.Refuse("", "it has capabilities that the bundle does not give: "+capabilityNames(extra), "add them to the bundle's bounding set if it may have them")
 	}
-	if g.capabilities&(1<<unix.CAP_SETUID) == 0 && !g.anyID {
-		for _, uid := range c.UID {
-			if uid != g.uid {
-				return fail.Refuse("", fmt.Sprintf("it has uid %d, which the bundle (user %d, without CAP_SETUID) does not give", uid, g.uid), "change the bundle if it may have it")
-			}
+	for _, uid := range c.UID {
+		if !g.mayBe(uid) {
+			return fail.Refuse("", fmt.Sprintf("it has uid %d, which the bundle (user %d, without CAP_SETUID) does not give", uid, g.uid), "change the bundle if it may have it")
 		}
 	}
-	if g.capabilities&(1<<unix.CAP_SETGID) == 0 && !g.anyID {
-		for _, gid := range slices.Concat(c.GID[:], c.Groups) {
-			if !slices.Contains(g.groups, gid) {
-				return fail.Refuse("", fmt.Sprintf("it has gid %d, which the bundle (group %d, without CAP_SETGID) does not give", gid, g.gid), "change the bundle if it may have it")
-			}
+	for _, gid := range slices.Concat(c.GID[:], c.Groups) {
+		if !g.mayBeIn(gid) {
+			return fail.Refuse("", fmt.Sprintf("it has gid %d, which the bundle (group %d, without CAP_SETGID) does not give", gid, g.gid), "change the bundle if it may have it")
 		}
 	}
 	if g.noNewPrivs && !c.NoNewPrivs {
 		return fail.Refuse("", "it may gain privileges, which the bundle forbids (noNewPrivileges)", "change the bundle if it may")
+	}
+	return nil
+}
+
+func (g *grants) has(capability uint) bool { return g.capabilities&(1<<capability) != 0 }
+
+// mayBe and mayBeIn say whether a task of the container could have got an id.
+func (g *grants) mayBe(uid uint32) bool { return g.has(unix.CAP_SETUID) || g.anyID || uid == g.uid }
+
+func (g *grants) mayBeIn(gid uint32) bool {
+	return g.has(unix.CAP_SETGID) || g.anyID || slices.Contains(g.groups, gid)
+}
+
+// userOf is the user namespace of a process, nil for the container's own.
+func userOf(head *image.Head, pid int32) *image.NestedNamespace {
+	p := head.Process(pid)
+	if p == nil {
+		return nil
+	}
+	for _, ref := range p.Namespaces {
+		if n := head.Nested(ref); n.Type == "user" {
+			return n
+		}
+	}
+	return nil
+}
+
+// checkNested refuses namespaces that no task of the container could have made.
+// What is made inside a user namespace of the container's own making the kernel
+// judges, for there the stubs have what anybody would have had.
+func (g *grants) checkNested(head *image.Head) error {
+	for i := range head.Tree.Namespaces {
+		n := &head.Tree.Namespaces[i]
+		if head.Nested(n.Owner) != nil {
+			continue
+		}
+		var err error
+		switch {
+		case n.Type == "user":
+			err = g.checkUser(n.User)
+		case !g.has(unix.CAP_SYS_ADMIN):
+			err = fail.Refuse("", "making it takes CAP_SYS_ADMIN, which the bundle does not give", "add it to the bundle's bounding set if it may be made")
+		case n.Type == "time" && !g.has(unix.CAP_SYS_TIME):
+			err = fail.Refuse("", "setting its clocks takes CAP_SYS_TIME, which the bundle does not give", "add it to the bundle's bounding set if they may be set")
+		}
+		if err != nil {
+			return fail.On(fmt.Sprintf("%s namespace #%d", n.Type, n.Ref), err)
+		}
+	}
+	return nil
+}
+
+// checkUser refuses a user namespace with another's owner, or with maps that
+// only the privileged may write (user_namespaces(7)).
+func (g *grants) checkUser(u *image.UserNamespace) error {
+	own := func(m []image.IDMap, may func(uint32) bool) bool {
+		return len(m) == 0 || len(m) == 1 && m[0].Size == 1 && may(m[0].Host)
+	}
+	switch {
+	case !g.mayBe(u.OwnerUID):
+		return fail.Refuse("", fmt.Sprintf("its owner is uid %d, which the bundle does not give", u.OwnerUID), "change the bundle if there may be such a one")
+	case !g.has(unix.CAP_SETUID) && !own(u.UIDMap, func(id uint32) bool { return id == u.OwnerUID }):
+		return fail.Refuse("", "its uid_map takes CAP_SETUID, which the bundle does not give", "add it to the bundle's bounding set if it may be written")
+	case !g.has(unix.CAP_SETGID) && !own(u.GIDMap, g.mayBeIn):
+		return fail.Refuse("", "its gid_map takes CAP_SETGID, which the bundle does not give", "add it to the bundle's bounding set if it may be written")
 	}
 	return nil
 }

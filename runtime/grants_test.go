@@ -86,7 +86,7 @@ func TestGrantsOfControls(t *testing.T) {
 		g, err := grantsOf(c.spec)
 		must(t, err)
 		c.thread.Creds = image.Credentials{UID: [4]uint32{33, 33, 33, 33}, GID: [4]uint32{33, 33, 33, 33}}
-		err = g.check(&c.thread)
+		err = g.check(&c.thread, nil)
 		if (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
 			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
 		}
@@ -133,5 +133,48 @@ func TestGrantsOfBundle(t *testing.T) {
 	}
 	if len(numbers) != unix.CAP_LAST_CAP+1 || capabilities["CAP_SYS_ADMIN"] != unix.CAP_SYS_ADMIN || capabilities["CAP_BPF"] != unix.CAP_BPF {
 		t.Errorf("%d capabilities", len(numbers))
+	}
+}
+
+// TestNestedGrants holds namespaces that tasks claim to have made against what a
+// bundle lets them make.
+func TestNestedGrants(t *testing.T) {
+	own := []image.IDMap{{Container: 0, Host: 33, Size: 1}}
+	user := func(owner uint32, uids, gids []image.IDMap) image.NestedNamespace {
+		return image.NestedNamespace{Ref: 9, Type: "user", Owner: 1, User: &image.UserNamespace{OwnerUID: owner, UIDMap: uids, GIDMap: gids}}
+	}
+	wide := []image.IDMap{{Container: 0, Host: 100000, Size: 65536}}
+	plain := grants{uid: 33, gid: 33, groups: []uint32{33}}
+	admin := grants{uid: 33, gid: 33, groups: []uint32{33}, capabilities: 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID}
+	for name, c := range map[string]struct {
+		g       grants
+		n       image.NestedNamespace
+		refused string
+	}{
+		"own ids":         {plain, user(33, own, own), ""},
+		"no maps":         {plain, user(33, nil, nil), ""},
+		"another's owner": {plain, user(0, own, own), "its owner is uid 0"},
+		"another's uid":   {plain, user(33, []image.IDMap{{Container: 0, Host: 0, Size: 1}}, own), "CAP_SETUID"},
+		"another's gid":   {plain, user(33, own, []image.IDMap{{Container: 0, Host: 0, Size: 1}}), "CAP_SETGID"},
+		"two uids":        {plain, user(33, []image.IDMap{{Container: 0, Host: 33, Size: 2}}, own), "CAP_SETUID"},
+		"many uids":       {plain, user(33, wide, own), "CAP_SETUID"},
+		"granted":         {admin, user(0, wide, wide), ""},
+		"uts":             {plain, image.NestedNamespace{Ref: 9, Type: "uts", Owner: 1}, "CAP_SYS_ADMIN"},
+		"uts granted":     {admin, image.NestedNamespace{Ref: 9, Type: "uts", Owner: 1}, ""},
+		"clocks":          {admin, image.NestedNamespace{Ref: 9, Type: "time", Owner: 1}, "CAP_SYS_TIME"},
+	} {
+		head := &image.Head{Tree: image.Tree{Namespaces: []image.NestedNamespace{c.n}}}
+		err := c.g.checkNested(head)
+		if (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
+			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
+		}
+	}
+	inside := &image.Thread{Creds: image.Credentials{UID: [4]uint32{33, 33, 33, 33}, GID: [4]uint32{33, 33, 33, 33}, Bounding: ^uint64(0)}}
+	n := user(33, own, own)
+	if err := plain.check(inside, &n); err != nil {
+		t.Errorf("capabilities inside: %v", err)
+	}
+	if err := plain.check(inside, nil); err == nil {
+		t.Error("the same capabilities outside are granted")
 	}
 }

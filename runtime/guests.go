@@ -48,7 +48,7 @@ func (k *checkpoint) warnOfGuests() {
 		if err != nil {
 			continue
 		}
-		if e := g.checkProcess(p.state.Task); e != nil {
+		if e := g.checkProcess(p.state.Task, p.place.UserRecord()); e != nil {
 			k.c.warn("%s has more than the bundle gives and will not be restored from it: %v", p.name(), e)
 		}
 	}

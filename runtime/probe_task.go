@@ -260,8 +260,8 @@ func (p *probeTask) probeSetTid() error {
 	var b tracee.Batch
 	task.ChildSignals(&b, true) // they leave no zombies
 	b.Add(unix.SYS_UNSHARE, tracee.W(unix.CLONE_NEWPID))
-	task.CloneProcess(&b, 1, int32(unix.SIGCHLD), 0)
-	task.CloneProcess(&b, chosen, int32(unix.SIGCHLD), 0)
+	task.CloneProcess(&b, []int32{1}, int32(unix.SIGCHLD), 0)
+	task.CloneProcess(&b, []int32{chosen}, int32(unix.SIGCHLD), 0)
 	children, err := p.Run(&b)
 	defer func() {
 		for _, pid := range children {

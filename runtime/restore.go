@@ -23,6 +23,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/forest"
 	"github.com/ocickpt/ocickpt/runtime/guardian"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -59,6 +60,9 @@ type restore struct {
 	users   users
 	full    uint64 // the stubs' capabilities
 	hole    uint64 // free in all address spaces, for the service area
+	nested  *namespace.Maker
+	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
+	forked  map[int]int           // the order of forks
 }
 
 // Restored is a container that has been restored and runs.
@@ -75,7 +79,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	begin := time.Now()
 	r := &restore{
 		RestoreOptions: o, begin: begin, in: image.NewReader(o.Image), filler: mm.NewFiller(),
-		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{},
+		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, hinted: map[int][]forest.Step{}, forked: map[int]int{},
 	}
 	defer r.close()
 	err := travel(ctx, []phase{
@@ -193,6 +197,9 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.maker.Make(); err != nil {
 		return err
 	}
+	if err := r.prepareNesting(); err != nil {
+		return err
+	}
 	for ref, o := range r.head.Objects {
 		if rec, ok := o.(*image.Shmem); ok {
 			f, err := r.maker.Segment(ref, rec)
@@ -216,7 +223,7 @@ func (r *restore) grow(context.Context) error {
 		}
 		reserved = append(reserved, pid)
 	}
-	plan, err := forest.Grow(all, reserved)
+	steps, err := plan(&r.head.Tree, all, reserved)
 	if err != nil {
 		return err
 	}
@@ -226,15 +233,27 @@ func (r *restore) grow(context.Context) error {
 	if _, err := r.made.stub.Run(&b); err != nil {
 		return err
 	}
-	for len(plan.Steps) > 0 {
+	for i, s := range steps {
+		if s.Op == forest.Fork {
+			r.forked[s.Child] = i
+		}
+	}
+	for len(steps) > 0 {
+		if steps[0].Nested != nil {
+			if err := r.nestedStep(steps[0]); err != nil {
+				return fail.In(fmt.Sprintf("task %d", steps[0].Pid), err)
+			}
+			steps = steps[1:]
+			continue
+		}
 		n := 1
-		for n < len(plan.Steps) && n < 1000 && plan.Steps[n].Pid == plan.Steps[0].Pid && plan.Steps[n-1].Op != forest.Exit {
+		for n < len(steps) && n < 1000 && steps[n].Pid == steps[0].Pid && steps[n-1].Op != forest.Exit && steps[n].Nested == nil {
 			n++
 		}
-		if err := r.steps(plan.Steps[:n]); err != nil {
+		if err := r.steps(steps[:n]); err != nil {
 			return err
 		}
-		plan.Steps = plan.Steps[n:]
+		steps = steps[n:]
 	}
 	for _, pid := range brought {
 		r.made.guests = append(r.made.guests, r.stubs[pid].Pid)
@@ -271,7 +290,7 @@ func (r *restore) steps(steps []forest.Step) error {
 		case forest.Fork:
 			children = append(children, step.Child)
 			r.slackForChild(&b, step.Child)
-			task.CloneProcess(&b, int32(step.Child), r.exitSignal(step.Child), cloneFlags(step.Tables))
+			task.CloneProcess(&b, []int32{int32(step.Child)}, r.exitSignal(step.Child), cloneFlags(step.Tables))
 		case forest.Leave:
 			b.Add(unix.SYS_UNSHARE, tracee.W(cloneFlags(step.Tables)))
 		case forest.Enter:
@@ -465,6 +484,7 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.maker.Seal(); err != nil {
 		return err
 	}
+	r.finishWritersLast()
 	return r.each(ctx, r.finishTask)
 }
 
@@ -492,8 +512,15 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		return fmt.Errorf("coredump filter: %w", err)
 	}
 	r.threads[int(t.Pid)] = threads
+	f := &finishing{task: r.asItself(t), pid: t.Pid, sighand: hand, held: task.Held{Capabilities: r.full, Filters: r.made.filters}}
+	if r.nested.User(int(t.Pid)) != 0 {
+		f.held.IDs = true
+		if f.held.Capabilities, err = task.Capabilities(s.Pid); err != nil {
+			return err
+		}
+	}
 	for i := len(threads) - 1; i >= 0; i-- { // the leader last
-		if err := r.finishThread(t, i, threads[i], hand); err != nil {
+		if err := r.finishThread(f, i, threads[i]); err != nil {
 			return fail.On(fmt.Sprintf("thread %d", t.Threads[i].Tid), err)
 		}
 	}
@@ -503,16 +530,24 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	return nil
 }
 
-func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image.Sighand) error {
-	rec := &t.Threads[i]
-	if rec.PDeathSig != 0 && (int(t.Pid) == r.made.initPid || slices.Contains(r.made.guests, s.Pid)) {
+// finishing is what the threads of a process have in common at their end.
+type finishing struct {
+	task    *image.Task // with the ids that it has in its own pid namespace
+	pid     int32       // in the container's
+	sighand *image.Sighand
+	held    task.Held
+}
+
+func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
+	t, rec := f.task, &f.task.Threads[i]
+	if rec.PDeathSig != 0 && (s.Pid == r.made.stub.Pid || slices.Contains(r.made.guests, s.Pid)) {
 		// Its parent would be us. The real one is gone anyway.
 		r.Log.Warn("parent death signal of a process whose parent is outside the container is dropped", "task", t.Pid, "signal", rec.PDeathSig)
 		rec.PDeathSig = 0
 	}
-	clocks := r.clocks()
+	clocks := r.clocks(f.pid)
 	var b tracee.Batch
-	task.RestoreThread(&b, rec, r.full, r.made.filters)
+	task.RestoreThread(&b, rec, f.held)
 	if i == 0 && len(t.Timers) > 0 {
 		if _, err := s.Run(&b); err != nil {
 			return task.Explain(err)
@@ -537,7 +572,7 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 		return err
 	}
 	if i == 0 && r.users.done(t.Sighand) {
-		if err := task.RestoreTrap(s, hand); err != nil {
+		if err := task.RestoreTrap(s, f.sighand); err != nil {
 			return err
 		}
 	}
@@ -552,17 +587,18 @@ func (r *restore) finishThread(t *image.Task, i int, s *tracee.Stub, hand *image
 // clocks reads how far the container's clocks have gone since the checkpoint. If
 // they do not go on from there, there being no time namespace, nothing counts as
 // passed.
-func (r *restore) clocks() *task.Clocks {
-	now := func(id int32) int64 {
+func (r *restore) clocks(pid int32) *task.Clocks {
+	host := func(id int32) int64 {
 		var ts unix.Timespec
 		_ = unix.ClockGettime(id, &ts) // a timer has been made on it
-		return ts.Nano() + r.made.offsets[id]
+		return ts.Nano()
 	}
-	passed := now(unix.CLOCK_MONOTONIC) - r.head.Container.Monotonic
+	passed := host(unix.CLOCK_MONOTONIC) + r.made.offsets[unix.CLOCK_MONOTONIC] - r.head.Container.Monotonic
 	if passed < 0 || passed > int64(time.Since(r.begin)) {
 		passed = 0
 	}
-	return &task.Clocks{Now: now, Passed: passed}
+	offsets := r.nested.ClocksOf(pid)
+	return &task.Clocks{Now: func(id int32) int64 { return host(id) + offsets[id] }, Passed: passed}
 }
 
 // endZombies lets those exit whose parents have not reaped them yet. From then

@@ -284,10 +284,11 @@ func (n *census) checkGrowth(tree *image.Tree) error {
 		byInner[p.inner] = p
 	}
 	s := &n.sharing
-	_, err := forest.Grow(hierarchy(tree, func(f *forest.Process) {
+	all, reserved := hierarchy(tree, func(f *forest.Process) {
 		p := byInner[f.Pid].pid
 		f.Shared = forest.Shared{forest.MM: s.space[p], forest.Sighand: s.hand[p], forest.Files: s.table[p], forest.FS: s.place[p], forest.SemUndo: s.undo[p]}
-	}))
+	})
+	_, err := plan(tree, all, reserved)
 	var unreachable *forest.Unreachable
 	if errors.As(err, &unreachable) && byInner[unreachable.Pid] != nil {
 		return fail.In(byInner[unreachable.Pid].name(), fail.Refuse("", "it could not be made again: "+unreachable.Reason, ""))

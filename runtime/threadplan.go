@@ -142,7 +142,7 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 		if n > 0 {
 			cloner = threads[steps[0].cloner]
 		}
-		if err := cloneBatch(t, cloner, b, threads, steps[:n]); err != nil {
+		if err := r.cloneBatch(t, cloner, b, threads, steps[:n]); err != nil {
 			return nil, err
 		}
 		if err := r.openTables(t, threads, steps[:n]); err != nil {
@@ -156,21 +156,48 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 	return threads, err
 }
 
-// cloneBatch clones the threads of steps, which have the same cloner.
-func cloneBatch(t *image.Task, cloner *tracee.Stub, b *tracee.Batch, threads []*tracee.Stub, steps []threadStep) error {
+// cloneBatch clones the threads of steps, which have the same cloner. Where ids
+// have to be chosen by others, they go one by one.
+func (r *restore) cloneBatch(t *image.Task, cloner *tracee.Stub, b *tracee.Batch, threads []*tracee.Stub, steps []threadStep) error {
+	if len(steps) > 0 && len(r.hinted[int(t.Pid)]) > 0 {
+		if _, err := cloner.Run(b); err != nil {
+			return err
+		}
+		for _, s := range steps {
+			ids, err := r.hintThread(t, s.thread)
+			if err != nil {
+				return err
+			}
+			var one tracee.Batch
+			task.SlackForChild(&one, &t.Threads[s.thread].Controls)
+			task.CloneThread(&one, ids, s.share)
+			if err := cloned(cloner, &one, threads, []threadStep{s}); err != nil {
+				return err
+			}
+			if err := r.checkThread(t, s.thread, threads[s.thread].Tid); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	for _, s := range steps {
 		task.SlackForChild(b, &t.Threads[s.thread].Controls)
-		task.CloneThread(b, t.Threads[s.thread].Tid, s.share)
+		task.CloneThread(b, r.threadIDs(t, s.thread), s.share)
 	}
-	cloned, err := cloner.Run(b)
+	return cloned(cloner, b, threads, steps)
+}
+
+// cloned runs a batch that clones the threads of steps and takes hold of them.
+func cloned(cloner *tracee.Stub, b *tracee.Batch, threads []*tracee.Stub, steps []threadStep) error {
+	tids, err := cloner.Run(b)
 	if err != nil {
 		return err
 	}
-	if len(cloned) != len(steps) {
-		return fmt.Errorf("%d threads came to be instead of %d", len(cloned), len(steps))
+	if len(tids) != len(steps) {
+		return fmt.Errorf("%d threads came to be instead of %d", len(tids), len(steps))
 	}
 	for i, s := range steps {
-		if threads[s.thread], err = cloner.NewChild(cloner.Pid, cloned[i]); err != nil {
+		if threads[s.thread], err = cloner.NewChild(cloner.Pid, tids[i]); err != nil {
 			return err
 		}
 	}

@@ -35,6 +35,7 @@ type Maker struct {
 	fds      map[image.Ref]int
 	stdio    [3]int
 	socket   int
+	kept     []int // what KeepProc has opened
 	pipes    map[image.Ref]*madePipe
 	segments map[image.Ref]int
 	readonly map[image.Ref]int // of segments, where they are mapped so
@@ -174,6 +175,32 @@ func (m *Maker) clearLow() error {
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), b.String("ocickpt"))
 	_, err = m.stub.Run(&b)
 	return err
+}
+
+// KeepProc opens, for every stub to come, the container's /proc and the kernel's
+// file to choose pids by, and returns their numbers. Where the container has its
+// /proc/sys it is read-only; who may write is decided at the write.
+func (m *Maker) KeepProc() (proc, lastPid int, err error) {
+	var b tracee.Batch
+	b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String("/proc"), tracee.W(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC))
+	if _, err := m.stub.Run(&b); err != nil {
+		return 0, 0, err
+	}
+	last, err := os.OpenFile("/proc/sys/kernel/ns_last_pid", os.O_WRONLY, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer last.Close()
+	fd, err := m.send(m.stub, last)
+	if err != nil {
+		return 0, 0, err
+	}
+	up, err := m.moveUp([]int{int(b.Calls[0].Ret), fd})
+	if err != nil {
+		return 0, 0, err
+	}
+	m.kept = up
+	return up[0], up[1], nil
 }
 
 // moveUp moves descriptors into the table and returns their new numbers.
@@ -535,7 +562,7 @@ func (m *Maker) Share(to *tracee.Stub) error {
 
 // numbers lists every descriptor of the maker's table.
 func (m *Maker) numbers() []int {
-	all := append([]int{m.socket}, m.stdio[:]...)
+	all := slices.Concat([]int{m.socket}, m.stdio[:], m.kept)
 	for _, fd := range m.fds {
 		all = append(all, fd)
 	}

@@ -71,6 +71,8 @@ type Step struct {
 	On    bool // Subreaper: the flag's new value
 	// Tables are what the child shares with Pid (Fork), or what Pid exchanges for a copy of its own (Leave).
 	Tables Tables
+	// Nested is what Nest adds: nil where only namespaces of the container's own matter.
+	Nested *Nested
 }
 
 // String shows the step as a call.
@@ -93,6 +95,8 @@ func (s Step) String() string {
 		return fmt.Sprintf("%d: leave %v", s.Pid, s.Tables)
 	case Enter:
 		return fmt.Sprintf("enter %d", s.Child)
+	case EnterUser, Unshare, Join, Thread:
+		return fmt.Sprintf("%d: %s", s.Pid, s.Nested.text(s.Op))
 	}
 	return fmt.Sprintf("%d: unknown operation %d", s.Pid, s.Op)
 }

@@ -32,6 +32,8 @@ type Source struct {
 	MayFlush bool
 	// InnerTid translates a host tid of the container.
 	InnerTid func(host int) int
+	// Level picks the container's from the ids in each pid namespace.
+	Level func(ids []int) int
 	// Now is CLOCK_MONOTONIC, outside, at the moment of the record of the
 	// container's clocks.
 	Now int64
@@ -134,7 +136,7 @@ func procNumber(pid int, name string, base int) (int64, error) {
 // thread reads one thread; the leader's batch asks for the process as well.
 func (s *Source) thread(i int, st *State) error {
 	t, rec := s.Threads[i], &st.Task.Threads[i]
-	rec.Tid = int32(Innermost(s.Status[i].NSpid))
+	rec.Tid = int32(s.Level(s.Status[i].NSpid))
 	if err := s.registers(i, rec); err != nil {
 		return err
 	}

@@ -90,6 +90,7 @@ func collectChild(t *testing.T) *State {
 	asleepIn(t, pid, unix.SYS_PAUSE)
 	src := &Source{
 		Pid: pid, Inner: 1, InnerTid: func(host int) int { return host - pid + 1 },
+		Level: Innermost,
 		Block: func(int) (bpf.RestartBlock, bool) { return bpf.RestartBlock{}, false },
 		Warn:  func(string, ...any) {}, Now: monotonicNow(),
 		Timers: func() (map[int32]bpf.Timer, bool) { return nil, false },
@@ -162,7 +163,7 @@ func TestRestoreOwn(t *testing.T) {
 	}
 	var b tracee.Batch
 	RestoreProcess(&b, want.Task, want.Sighand)
-	RestoreThread(&b, leader, full, nil)
+	RestoreThread(&b, leader, Held{Capabilities: full})
 	if _, err := s.Run(&b); err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +181,7 @@ func TestRestoreOwn(t *testing.T) {
 // compareOwn reads a stub with the functions of the checkpoint.
 func compareOwn(t *testing.T, s *tracee.Stub, want *State) {
 	t.Helper()
-	src := &Source{Pid: s.Pid, Inner: 1, Threads: []*tracee.Thread{s.Thread}, InnerTid: func(int) int { return 1 }}
+	src := &Source{Pid: s.Pid, Inner: 1, Threads: []*tracee.Thread{s.Thread}, InnerTid: func(int) int { return 1 }, Level: Innermost}
 	status, err := ReadStatus(s.Pid)
 	check(t, err)
 	stat, err := ReadStat(s.Pid)

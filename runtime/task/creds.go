@@ -52,27 +52,21 @@ const lastCap = 63
 const noSetuidFixup = 1 << 2 // SECBIT_NO_SETUID_FIXUP
 
 // restoreCredentials adds the calls that give a stub a thread's credentials.
-// full is what the stub holds now. The order is forced: the inheritable set
-// while the bounding set is whole, ids while CAP_SETUID is effective, ambient
-// capabilities once ids stand, securebits while CAP_SETPCAP is effective, and
-// the capabilities themselves last.
-func restoreCredentials(b *tracee.Batch, c *image.Credentials, full uint64) {
-	groups := make([]byte, 4*len(c.Groups))
-	for i, g := range c.Groups {
-		binary.LittleEndian.PutUint32(groups[4*i:], g)
-	}
+// The order is forced: the inheritable set while the bounding set is whole, ids
+// while CAP_SETUID is effective, ambient capabilities once ids stand, securebits
+// while CAP_SETPCAP is effective, and the capabilities themselves last.
+func restoreCredentials(b *tracee.Batch, c *image.Credentials, held Held) {
+	full := held.Capabilities
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_SECUREBITS), tracee.W(noSetuidFixup))
-	b.Add(unix.SYS_SETGROUPS, tracee.W(len(c.Groups)), b.Put(groups))
 	Capset(b, full, full, c.Inheritable)
 	for i := range lastCap + 1 {
 		if full&(1<<i) != 0 && c.Bounding&(1<<i) == 0 {
 			b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_CAPBSET_DROP), tracee.W(i))
 		}
 	}
-	b.Add(unix.SYS_SETRESGID, tracee.W(c.GID[0]), tracee.W(c.GID[1]), tracee.W(c.GID[2]))
-	b.Add(unix.SYS_SETFSGID, tracee.W(c.GID[3]))
-	b.Add(unix.SYS_SETRESUID, tracee.W(c.UID[0]), tracee.W(c.UID[1]), tracee.W(c.UID[2]))
-	b.Add(unix.SYS_SETFSUID, tracee.W(c.UID[3]))
+	if !held.IDs {
+		SetIDs(b, c)
+	}
 	for i := range lastCap + 1 {
 		if c.Ambient&(1<<i) != 0 {
 			b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_CAP_AMBIENT), tracee.W(unix.PR_CAP_AMBIENT_RAISE), tracee.W(i))
@@ -83,6 +77,25 @@ func restoreCredentials(b *tracee.Batch, c *image.Credentials, full uint64) {
 	if c.NoNewPrivs {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NO_NEW_PRIVS), tracee.W(1))
 	}
+}
+
+// SetIDs adds the calls that give a stub a thread's ids and groups.
+func SetIDs(b *tracee.Batch, c *image.Credentials) {
+	groups := make([]byte, 4*len(c.Groups))
+	for i, g := range c.Groups {
+		binary.LittleEndian.PutUint32(groups[4*i:], g)
+	}
+	b.Add(unix.SYS_SETGROUPS, tracee.W(len(c.Groups)), b.Put(groups))
+	b.Add(unix.SYS_SETRESGID, tracee.W(c.GID[0]), tracee.W(c.GID[1]), tracee.W(c.GID[2]))
+	b.Add(unix.SYS_SETFSGID, tracee.W(c.GID[3]))
+	b.Add(unix.SYS_SETRESUID, tracee.W(c.UID[0]), tracee.W(c.UID[1]), tracee.W(c.UID[2]))
+	b.Add(unix.SYS_SETFSUID, tracee.W(c.UID[3]))
+}
+
+// KeepCapabilities adds the call after which a change of ids changes no
+// capabilities.
+func KeepCapabilities(b *tracee.Batch) {
+	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_SECUREBITS), tracee.W(noSetuidFixup))
 }
 
 // Capset adds a capset(2) of the calling thread.

@@ -52,12 +52,12 @@ func TestCredentialsOrder(t *testing.T) {
 	const full, kept = 0x1ff, 1 << unix.CAP_SETUID
 	c := &image.Credentials{UID: [4]uint32{1, 2, 3, 4}, GID: [4]uint32{5, 6, 7, 8}, Groups: []uint32{9}, Bounding: kept, Ambient: 1, Securebits: 0x2f, NoNewPrivs: true}
 	var b tracee.Batch
-	restoreCredentials(&b, c, full)
+	restoreCredentials(&b, c, Held{Capabilities: full})
 	order := []int{
 		place(&b, unix.SYS_PRCTL, tracee.W(unix.PR_SET_SECUREBITS), tracee.W(noSetuidFixup)),
-		place(&b, unix.SYS_SETGROUPS, tracee.W(1)),
 		place(&b, unix.SYS_CAPSET),
 		place(&b, unix.SYS_PRCTL, tracee.W(unix.PR_CAPBSET_DROP), tracee.W(0)),
+		place(&b, unix.SYS_SETGROUPS, tracee.W(1)),
 		place(&b, unix.SYS_SETRESGID, tracee.W(5), tracee.W(6), tracee.W(7)),
 		place(&b, unix.SYS_SETFSGID, tracee.W(8)),
 		place(&b, unix.SYS_SETRESUID, tracee.W(1), tracee.W(2), tracee.W(3)),
@@ -101,7 +101,7 @@ func TestCredentials(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := traceetest.Stub(t, traceetest.ServiceAt)
 			var b tracee.Batch
-			restoreCredentials(&b, &want, full)
+			restoreCredentials(&b, &want, Held{Capabilities: full})
 			secure := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_SECUREBITS))
 			if _, err := s.Run(&b); err != nil {
 				t.Fatal(err)

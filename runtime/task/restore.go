@@ -62,11 +62,18 @@ func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
 	restoreProcessControls(b, t)
 }
 
+// Held is what a stub holds already: its capabilities, whether its ids are the
+// task's (they must be set before it enters a user namespace, where not all of
+// them need have a number), and the seccomp filters.
+type Held struct {
+	Capabilities uint64
+	IDs          bool
+	Filters      [][]byte
+}
+
 // RestoreThread adds the calls that give a stub what its thread owns. Memory
-// must be in place, for registering a restartable sequence writes to it. full
-// is the set of capabilities the stub holds, installed are the seccomp filters
-// that it has already.
-func RestoreThread(b *tracee.Batch, t *image.Thread, full uint64, installed [][]byte) {
+// must be in place, for registering a restartable sequence writes to it.
+func RestoreThread(b *tracee.Batch, t *image.Thread, held Held) {
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_NAME), b.String(string(t.Comm)))
 	b.Try(unix.SYS_SET_TID_ADDRESS, tracee.W(t.TidAddress)) // returns the tid
 	if t.RobustHead != 0 {
@@ -82,8 +89,8 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, full uint64, installed [][]
 	if t.TimerSlack != 0 {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_TIMERSLACK), tracee.W(t.TimerSlack))
 	}
-	restoreSeccomp(b, t, installed)
-	restoreCredentials(b, &t.Creds, full)
+	restoreSeccomp(b, t, held.Filters)
+	restoreCredentials(b, &t.Creds, held)
 	if t.PDeathSig != 0 { // a change of credentials clears it
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_PDEATHSIG), tracee.W(t.PDeathSig))
 	}
@@ -180,33 +187,43 @@ func robustList(tid int) (head, size uint64, err error) {
 	return head, size, nil
 }
 
-// CloneThread adds the clone3(2) of a further thread with a given id. share are
-// the flags of those of its tables that it can have of its own.
-func CloneThread(b *tracee.Batch, tid int32, share uint64) {
-	clone(b, unix.CLONE_VM|unix.CLONE_SIGHAND|unix.CLONE_THREAD|share, 0, tid)
+// CloneThread adds the clone3(2) of a further thread with given ids, those of
+// its innermost pid namespace first; where there are fewer than namespaces, the
+// kernel chooses the rest. share are the flags of those of its tables that it
+// can have of its own.
+func CloneThread(b *tracee.Batch, tids []int32, share uint64) {
+	clone(b, unix.CLONE_VM|unix.CLONE_SIGHAND|unix.CLONE_THREAD|share, 0, tids)
 }
 
-// CloneProcess adds the clone3(2) of a child with a given pid. share are the
-// flags of the tables that it has in common with its forker.
-func CloneProcess(b *tracee.Batch, pid, exitSignal int32, share uint64) {
-	clone(b, share, uint64(exitSignal), pid)
+// CloneProcess adds the clone3(2) of a child with given pids, as in CloneThread.
+// flags are those of the tables that it has in common with its forker, and of
+// new namespaces.
+func CloneProcess(b *tracee.Batch, pids []int32, exitSignal int32, flags uint64) {
+	clone(b, flags, uint64(exitSignal), pids)
 }
 
 // CloneSibling adds the clone3(2) of a process with the parent of its forker,
 // who decides on its exit signal too.
 func CloneSibling(b *tracee.Batch, pid int32) {
-	clone(b, unix.CLONE_PARENT, 0, pid)
+	clone(b, unix.CLONE_PARENT, 0, []int32{pid})
 }
 
 const cloneArgsSize = 88 // struct clone_args, version 2
 
-func clone(b *tracee.Batch, flags, exitSignal uint64, tid int32) {
-	setTid := b.Put(binary.LittleEndian.AppendUint32(nil, uint32(tid)))
+func clone(b *tracee.Batch, flags, exitSignal uint64, tids []int32) {
+	var raw []byte
+	for _, tid := range tids {
+		raw = binary.LittleEndian.AppendUint32(raw, uint32(tid))
+	}
 	args := make([]byte, 64)
 	binary.LittleEndian.PutUint64(args, flags)
 	binary.LittleEndian.PutUint64(args[32:], exitSignal)
+	if len(tids) == 0 {
+		b.Add(unix.SYS_CLONE3, b.Put(append(args, make([]byte, cloneArgsSize-len(args))...)), tracee.W(cloneArgsSize))
+		return
+	}
 	tail := make([]byte, 16)
-	tail[0] = 1 // set_tid_size
-	at := b.PutPointer(args, setTid, tail...)
+	tail[0] = byte(len(tids)) // set_tid_size
+	at := b.PutPointer(args, b.Put(raw), tail...)
 	b.Add(unix.SYS_CLONE3, at, tracee.W(cloneArgsSize))
 }

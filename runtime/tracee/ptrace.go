@@ -48,6 +48,8 @@ const (
 	LiveOptions = unix.PTRACE_O_TRACESYSGOOD | optSuspendSeccomp
 	StubOptions = LiveOptions | unix.PTRACE_O_EXITKILL | unix.PTRACE_O_TRACEEXEC |
 		unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACECLONE
+	// FilteredOptions are those of a stub whose calls its filter is to judge.
+	FilteredOptions = StubOptions &^ optSuspendSeccomp
 )
 
 // ErrGone is wrapped by errors about a thread that has exited or was killed.

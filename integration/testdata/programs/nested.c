@@ -1,0 +1,475 @@
+/*
+ * nested NAME SCRIPT - makes namespaces inside the container and holds them. The
+ * script is read by the first process; each character is a step:
+ *
+ *	(...)	fork a child that runs the steps up to the matching bracket
+ *	{F...}	the same, cloned into the new namespaces that the capital letters
+ *		F name: U user, P pid, H uts, I ipc, N net, C cgroup, M mount
+ *	u	unshare a user namespace in which the caller is root
+ *	e	unshare a user namespace without maps
+ *	p	unshare a pid namespace for the children to come
+ *	h	unshare a uts namespace with names of its own
+ *	i n c	unshare an ipc, net or cgroup namespace
+ *	l	bring the loopback up
+ *	t	unshare a time namespace, a million seconds ahead, for the children
+ *	m	unshare a mount namespace, private throughout
+ *	r	mount /proc anew
+ *	f	mount a tmpfs over /tmp		b	bind /etc over /sys
+ *	d	hold a directory and a file open, and stand, in /tmp
+ *	w	open a unix and a TCP socket
+ *	j	join all namespaces but the user's of the child forked last
+ *	s g	setsid, setpgid(0, 0)		x	exit, reaped by the parent
+ *	z	exit and stay a zombie
+ *
+ * A parent goes on only after its child's whole script has run. Then everybody
+ * holds: each compares what it sees of itself and its namespaces to what it saw
+ * at first, and the first process that those who shared namespaces still do,
+ * and no others.
+ */
+#include "hold.h"
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <net/if.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/utsname.h>
+
+#define HOLDERS_MAX 64
+#define AHEAD 1000000LL
+
+static const char *const kinds[] = {
+	"cgroup", "ipc", "mnt", "net", "pid", "pid_for_children",
+	"time", "time_for_children", "user", "uts",
+};
+
+struct held {
+	volatile int count;	/* processes that hold, but for the first */
+	struct worker worker[HOLDERS_MAX];
+	unsigned long inode[HOLDERS_MAX][COUNT(kinds)];
+};
+
+static struct held *held;
+static pid_t last_child;
+static int first = 1;	/* this is the first process */
+static int proc;	/* the container's /proc */
+static int ahead;	/* a time namespace was made above */
+
+static int at_proc(const char *path)
+{
+	return openat(proc, path, O_RDONLY | O_CLOEXEC);
+}
+
+static void put(const char *path, const char *text)
+{
+	int fd = openat(proc, path, O_WRONLY | O_CLOEXEC);
+
+	need(fd >= 0);
+	need(write(fd, text, strlen(text)) == (ssize_t)strlen(text));
+	close(fd);
+}
+
+static void map_root(unsigned int uid, unsigned int gid)
+{
+	char line[64];
+
+	put("self/setgroups", "deny");
+	snprintf(line, sizeof(line), "0 %u 1", uid);
+	put("self/uid_map", line);
+	snprintf(line, sizeof(line), "0 %u 1", gid);
+	put("self/gid_map", line);
+}
+
+/* What is seen, as text. */
+struct sight {
+	size_t len;
+	char text[32 << 10];
+};
+
+static void note(struct sight *s, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	s->len += vsnprintf(s->text + s->len, sizeof(s->text) - s->len, fmt, ap);
+	va_end(ap);
+	need(s->len < sizeof(s->text));
+}
+
+static void note_file(struct sight *s, const char *path)
+{
+	int fd = at_proc(path);
+	ssize_t n;
+
+	note(s, "%s:\n", path);
+	if (fd < 0)
+		return;
+	while ((n = read(fd, s->text + s->len, sizeof(s->text) - 1 - s->len)) > 0)
+		s->len += n;
+	s->text[s->len] = 0;
+	close(fd);
+}
+
+/* The lines of status that tell who and where a process is. */
+static void note_status(struct sight *s)
+{
+	static const char *const keys[] = {
+		"NStgid:", "NSpgid:", "NSsid:", "Uid:", "Gid:", "Groups:",
+		"CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
+	};
+	static struct sight all;
+
+	all.len = 0;
+	note_file(&all, "self/status");
+	for (char *line = strtok(all.text, "\n"); line; line = strtok(NULL, "\n"))
+		for (size_t i = 0; i < COUNT(keys); i++)
+			if (!strncmp(line, keys[i], strlen(keys[i])))
+				note(s, "%s\n", line);
+}
+
+/* Mounts without their ids and those of their peer groups. */
+static void note_mounts(struct sight *s)
+{
+	static struct sight all;
+
+	all.len = 0;
+	note_file(&all, "self/mountinfo");
+	for (char *line = strtok(all.text, "\n"); line; line = strtok(NULL, "\n")) {
+		char *at = line, *tail = strstr(line, " - ");
+
+		for (int skip = 0; tail && skip < 3; skip++)
+			at = strchr(at, ' ') + 1;
+		for (; tail && at < tail + 3; at++)
+			if (*at < '0' || *at > '9' || at[-1] == '/' ||
+			    (at[-1] >= 'a' && at[-1] <= 'z'))
+				note(s, "%c", *at);
+		if (tail)
+			note(s, "%s\n", strtok_r(tail + 3, " ", &at));
+	}
+}
+
+/* The processes that the /proc in place shows. */
+static void note_proc(struct sight *s)
+{
+	int list[512], n = 0;
+	struct dirent *e;
+	DIR *d = opendir("/proc");
+
+	need(d);
+	while ((e = readdir(d)))
+		if (atoi(e->d_name) && n < (int)COUNT(list))
+			list[n++] = atoi(e->d_name);
+	closedir(d);
+	note(s, "proc:");
+	for (int i = 0; i < n; i++)
+		note(s, " %d", list[i]);
+	note(s, "\n");
+}
+
+static void note_network(struct sight *s)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq req = { .ifr_name = "lo" };
+
+	need(fd >= 0);
+	need(!ioctl(fd, SIOCGIFFLAGS, &req));
+	note(s, "lo %x\n", req.ifr_flags);
+	close(fd);
+}
+
+static void look(struct sight *s)
+{
+	struct utsname uts;
+	char cwd[256];
+
+	s->len = 0;
+	need(!uname(&uts));
+	note(s, "%d %d %d %d\n", getpid(), getppid(), getpgid(0), getsid(0));
+	note(s, "%s %s\n", uts.nodename, uts.domainname);
+	note(s, "%u %u %u %u\n", getuid(), geteuid(), getgid(), getegid());
+	note(s, "cwd %s\n", getcwd(cwd, sizeof(cwd)) ? cwd : "?");
+	note_status(s);
+	note_file(s, "self/uid_map");
+	note_file(s, "self/gid_map");
+	note_file(s, "self/setgroups");
+	note_file(s, "self/cgroup");
+	note_mounts(s);
+	note_proc(s);
+	note_network(s);
+	note(s, "ahead %d\n", ahead ? mono_ns() / SEC / AHEAD >= ahead : 0);
+}
+
+static void note_inodes(int me)
+{
+	char path[64];
+	struct stat st;
+
+	for (size_t i = 0; i < COUNT(kinds); i++) {
+		snprintf(path, sizeof(path), "self/ns/%s", kinds[i]);
+		held->inode[me][i] = fstatat(proc, path, &st, 0) ? 0 : st.st_ino;
+	}
+}
+
+/* Those who share a namespace, or have none, are the same as ever. What the
+ * others have noted may be from before a restore. */
+static void compare_inodes(unsigned long (*was)[COUNT(kinds)], int n, int patience)
+{
+	for (int a = 0; a < n; a++)
+		for (int b = 0; b < n; b++)
+			for (size_t i = 0; i < COUNT(kinds); i++)
+				for (size_t j = 0; j < COUNT(kinds); j++)
+					if ((was[a][i] == was[b][j]) !=
+					    (held->inode[a][i] == held->inode[b][j])) {
+						if (patience) {
+							doze(20 * MS);
+							note_inodes(0);
+							compare_inodes(was, n, patience - 1);
+							return;
+						}
+						fail("%s of holder %d, %s of %d: were %lu, %lu, are %lu, %lu",
+						     kinds[i], a, kinds[j], b, was[a][i], was[b][j],
+						     held->inode[a][i], held->inode[b][j]);
+					}
+}
+
+/* A file of /proc that was open over a restore may have another length before
+ * the place it was read up to, so only what is seen again and again counts. */
+static void compare(struct sight *was, struct sight *is)
+{
+	size_t at = 0;
+
+	for (int looks = 0; looks < 3; looks++) {
+		look(is);
+		if (is->len == was->len && !memcmp(is->text, was->text, is->len))
+			return;
+	}
+	while (at < is->len && is->text[at] == was->text[at])
+		at++;
+	while (at && is->text[at - 1] != '\n')
+		at--;
+	was->text[at + strcspn(was->text + at, "\n")] = 0;
+	is->text[at + strcspn(is->text + at, "\n")] = 0;
+	fail("it was %s, it is %s", was->text + at, is->text + at);
+}
+
+static void hold_for_ever(void)
+{
+	static struct sight was, is;
+	int me;
+
+	if (first)
+		return;	/* the first is holder 0 */
+	me = __atomic_add_fetch(&held->count, 1, __ATOMIC_SEQ_CST);
+	need(me < HOLDERS_MAX);
+	held->worker[me].name = "holder";
+	while (!held->worker[0].done) {	/* until all have been made */
+		note_inodes(me);
+		held->worker[me].done++;
+		doze(5 * MS);
+	}
+	look(&was);
+	for (;;) {
+		note_inodes(me);
+		compare(&was, &is);
+		held->worker[me].done++;
+		doze(20 * MS);
+	}
+}
+
+static void run(const char *at, int ready);
+
+/* Returns the bracket that closes the one before at. */
+static const char *matching(const char *at)
+{
+	for (int depth = 1; depth; at++) {
+		if (!*at)
+			fail("unbalanced script");
+		depth += *at == '(' || *at == '{' ? 1 : *at == ')' || *at == '}' ? -1 : 0;
+	}
+	return at - 1;
+}
+
+static long flags_of(const char **steps)
+{
+	static const char letters[] = "UPHINCM";
+	static const long flags[] = { CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWUTS,
+		CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWCGROUP, CLONE_NEWNS };
+	long all = 0;
+
+	for (const char *found; **steps && (found = strchr(letters, **steps)); ++*steps)
+		all |= flags[found - letters];
+	return all;
+}
+
+/* The child's end of the pipe closes when its script has run, or it exits. */
+static void fork_child(const char *steps)
+{
+	unsigned int uid = getuid(), gid = getgid();
+	long flags = flags_of(&steps);
+	int ends[2];
+	char how = 0;
+
+	need(!pipe(ends));
+	last_child = syscall(SYS_clone, flags | SIGCHLD, NULL, NULL, NULL, NULL);
+	need(last_child >= 0);
+	if (!last_child) {
+		first = 0;
+		close(ends[0]);
+		if (flags & CLONE_NEWUSER)
+			map_root(uid, gid);
+		run(steps, ends[1]);
+	}
+	close(ends[1]);
+	while (read(ends[0], &how, 1) == -1 && errno == EINTR)
+		;
+	close(ends[0]);
+	if (how == 'x')
+		need(waitpid(last_child, NULL, 0) == last_child);
+}
+
+static void unshare_user(int maps)
+{
+	unsigned int uid = getuid(), gid = getgid();
+
+	need(!unshare(CLONE_NEWUSER));
+	if (maps)
+		map_root(uid, gid);
+}
+
+static void unshare_uts(void)
+{
+	char name[32];
+
+	need(!unshare(CLONE_NEWUTS));
+	snprintf(name, sizeof(name), "host-%d", getpid());
+	need(!sethostname(name, strlen(name)));
+	need(!setdomainname("nested.example", 14));
+}
+
+static void unshare_time(void)
+{
+	char line[64];
+
+	need(!unshare(CLONE_NEWTIME));
+	ahead = mono_ns() / SEC / AHEAD + 1;
+	snprintf(line, sizeof(line), "monotonic %lld 0", AHEAD * ahead);
+	put("self/timens_offsets", line);
+}
+
+static void loopback_up(void)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq req = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+
+	need(fd >= 0 && !ioctl(fd, SIOCSIFFLAGS, &req));
+	close(fd);
+}
+
+static void open_files(void)
+{
+	need(mkdir("/tmp/held", 0700) == 0 || errno == EEXIST);
+	need(open("/tmp/held", O_RDONLY | O_DIRECTORY | O_CLOEXEC) >= 0);
+	need(open("/etc/held", O_RDWR | O_CREAT | O_CLOEXEC, 0600) >= 0);
+	need(!chdir("/tmp/held"));
+}
+
+static void open_sockets(void)
+{
+	struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(7000) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	need(fd >= 0 && !bind(fd, (void *)&any, sizeof(any)) && !listen(fd, 3));
+	need(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0) >= 0);
+}
+
+static void join_child(void)
+{
+	static const char *const order[] = { "ipc", "uts", "net", "cgroup", "pid", "mnt" };
+	char path[64];
+
+	for (size_t i = 0; i < COUNT(order); i++) {
+		int fd;
+
+		snprintf(path, sizeof(path), "%d/ns/%s", last_child, order[i]);
+		fd = at_proc(path);
+		need(fd >= 0);
+		need(!setns(fd, 0));
+		close(fd);
+	}
+}
+
+static void step(char c)
+{
+	switch (c) {
+	case 'u': unshare_user(1); break;
+	case 'e': unshare_user(0); break;
+	case 'p': need(!unshare(CLONE_NEWPID)); break;
+	case 'h': unshare_uts(); break;
+	case 'i': need(!unshare(CLONE_NEWIPC)); break;
+	case 'n': need(!unshare(CLONE_NEWNET)); break;
+	case 'c': need(!unshare(CLONE_NEWCGROUP)); break;
+	case 'l': loopback_up(); break;
+	case 't': unshare_time(); break;
+	case 'm':
+		need(!unshare(CLONE_NEWNS));
+		need(!mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
+		break;
+	case 'r': need(!mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL)); break;
+	case 'f': need(!mount("fresh", "/tmp", "tmpfs", MS_NOSUID, "size=64k,mode=755")); break;
+	case 'b': need(!mount("/etc", "/sys", NULL, MS_BIND, NULL)); break;
+	case 'd': open_files(); break;
+	case 'w': open_sockets(); break;
+	case 'j': join_child(); break;
+	case 's': need(setsid() == getpid()); break;
+	case 'g': need(!setpgid(0, 0)); break;
+	default: fail("unknown step %c", c);
+	}
+}
+
+static void run(const char *at, int ready)
+{
+	for (; *at && *at != ')' && *at != '}'; at++) {
+		if (*at == '(' || *at == '{') {
+			fork_child(at + 1);
+			at = matching(at + 1);
+		} else if (*at == 'x' || *at == 'z') {
+			need(write(ready, at, 1) == 1);
+			_exit(*at == 'z' ? 7 : 0);
+		} else {
+			step(*at);
+		}
+	}
+	if (ready >= 0) {
+		need(write(ready, "h", 1) == 1);
+		close(ready);
+	}
+	hold_for_ever();
+}
+
+int main(int argc, char **argv)
+{
+	static unsigned long was[HOLDERS_MAX][COUNT(kinds)];
+	static struct sight seen, now;
+
+	need(argc == 3);
+	report_open(argv[1]);
+	held = map_shared(sizeof(*held));
+	proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	need(proc >= 0);
+	run(argv[2], -1);
+	held->worker[0].done++;
+	doze(200 * MS);	/* all have looked at themselves, and now we */
+	look(&seen);
+	note_inodes(0);
+	memcpy(was, held->inode, sizeof(was));
+	for (;;) {
+		compare(&seen, &now);
+		note_inodes(0);
+		compare_inodes(was, held->count + 1, 100);
+		held->worker[0].done++;
+		watch(held->worker + 1, held->count);
+		tick();
+		doze(20 * MS);
+	}
+}
