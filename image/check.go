@@ -92,8 +92,18 @@ func checkArch(a *Arch) error {
 	if a.PageSize != PageSize {
 		return fmt.Errorf("page size %d is not supported, only %d is", a.PageSize, PageSize)
 	}
+	seen := map[uint32]bool{}
+	for _, c := range a.XLayout {
+		if c.Number >= maxXComponent || seen[c.Number] || c.Offset > maxXState || c.Size > maxXState-c.Offset {
+			return fmt.Errorf("component %d of the extended state is not valid or stands twice", c.Number)
+		}
+		seen[c.Number] = true
+	}
 	return nil
 }
+
+// maxXComponent is the bit of XCR0 that stands for no component.
+const maxXComponent = 63
 
 func checkContainer(c *Container) error {
 	if len(c.Spec) > maxSpec || len(c.Config) > maxSpec {

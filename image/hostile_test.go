@@ -320,6 +320,19 @@ func TestBadObjects(t *testing.T) {
 }
 
 // on makes a damage to the first record that holds a T and that change accepts.
+func TestHostileXLayout(t *testing.T) {
+	for _, layout := range [][]XComponent{
+		{{Number: 63}}, {{Number: 2}, {Number: 2}}, {{Number: 2, Offset: maxXState + 1}}, {{Number: 2, Offset: 576, Size: maxXState}}, {{Number: 2, Size: ^uint32(0)}},
+	} {
+		f := newForge()
+		f.head(t, 1)
+		a := sampleArch()
+		a.XLayout = layout
+		f.any(t, TypeArch, 0, a)
+		refused(t, f.image(), "extended state")
+	}
+}
+
 func on[T any](change func(v *T) bool) func(r *sampleRecord) bool {
 	return func(r *sampleRecord) bool {
 		if p, ok := r.v.(*T); ok {

@@ -78,6 +78,16 @@ type Arch struct {
 	XSize      uint32            `cbor:"5,keyasint,omitempty"` // bytes of an xsave area
 	VDSO       map[string]uint64 `cbor:"6,keyasint,omitempty"` // vdso symbol -> offset
 	VDSOLength uint64            `cbor:"7,keyasint,omitempty"` // bytes of [vvar*] and [vdso] together
+
+	XLayout []XComponent `cbor:"40,keyasint,omitempty"` // of an xsave area, behind its header
+	Model   string       `cbor:"41,keyasint,omitempty"` // as /proc/cpuinfo names it
+}
+
+// XComponent is where one component of the extended state lies in an xsave area.
+type XComponent struct {
+	Number uint32 `cbor:"1,keyasint"`
+	Offset uint32 `cbor:"2,keyasint"`
+	Size   uint32 `cbor:"3,keyasint"`
 }
 
 // Container is what the engine knows of the container: the first content.

@@ -138,6 +138,11 @@ func TestRefusedRestore(t *testing.T) {
 			}
 		})
 	}
+	c.step(t, "other processor", func(t *testing.T) {
+		path := filepath.Join(c.dir, "processor.img")
+		c.must(os.WriteFile(path, reforge(t, data, image.TypeArch, "sse4_2", "sse9_9"), 0o600))
+		c.tryRestoreFile(path, c.bundle).mustRefuse(t, "processor", "sse9_9")
+	})
 	c.step(t, "missing image", func(t *testing.T) {
 		c.tryRestoreFile("/nowhere.img", c.bundle).mustRefuse(t, "/nowhere.img")
 	})

@@ -418,16 +418,8 @@ func (k *checkpoint) collectTask(p *process) error {
 	return p.space.Details(p.stat.Field, p.state.Brk)
 }
 
-// noteState completes the arch record with what the threads' own state says.
+// noteState completes the arch record with what an address space shows.
 func (h *headRecords) noteState(n *census) {
-	const xcr0 = 464 // in the bytes that the xsave area leaves to software
-	x := n.procs[0].state.Task.Threads[0].XState
-	h.arch.XSize = uint32(len(x))
-	if len(x) >= xcr0+8 {
-		for i := range 8 {
-			h.arch.XFeatures |= uint64(x[xcr0+i]) << (8 * i)
-		}
-	}
 	for _, a := range n.procs[0].space.Record.Areas {
 		if a.Kind == image.AreaVDSO {
 			h.arch.VDSOLength = a.End - a.Start

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 	"testing"
@@ -148,12 +149,12 @@ func TestRequiredFeatures(t *testing.T) {
 			t.Errorf("%q needs %q, want %q", c.need, got, c.want)
 		}
 	}
-	for flag, want := range map[string]bool{"avx2": true, "xsavec": true, "fsgsbase": true, "pku": true, "bmi1": true, "nx": false, "syscall": false, "ibpb": false, "": false} {
+	for flag, want := range map[string]bool{"avx2": true, "xsavec": true, "fsgsbase": true, "pku": true, "bmi1": true, "nx": false, "syscall": false, "ibpb": false, "tsc_adjust": false, "xsaveerptr": false, "erms": false, "shstk": false, "": false} {
 		if userVisible(flag) != want {
 			t.Errorf("%q is visible to programs: %v, want %v", flag, !want, want)
 		}
 	}
-	if flags := cpuFlags(); len(flags) < 20 || len(requiredFeatures(flags, flags)) != 0 {
+	if flags := machine().Features; len(flags) < 20 || len(requiredFeatures(flags, flags)) != 0 {
 		t.Errorf("this processor has %v", flags)
 	}
 }
@@ -163,16 +164,59 @@ func TestCheckMachine(t *testing.T) {
 	var u unix.Utsname
 	must(t, unix.Uname(&u))
 	here.Machine = unix.ByteSliceToString(u.Machine[:])
-	must(t, checkMachine(&here))
+	var said strings.Builder
+	r := &restore{RestoreOptions: RestoreOptions{Log: slog.New(slog.NewTextHandler(&said, nil))}}
+	must(t, r.checkMachine(&image.Head{Arch: here}))
+	if said.Len() > 0 || here.Model == "" {
+		t.Errorf("this machine %q is another than itself: %s", here.Model, said.String())
+	}
 	for why, change := range map[string]func(a *image.Arch){
 		"type alpha": func(a *image.Arch) { a.Machine = "alpha" }, "8192": func(a *image.Arch) { a.PageSize = 8192 },
 		"avx9000": func(a *image.Arch) { a.Features = append([]string{"avx9000"}, a.Features...) },
 	} {
 		other := here
 		change(&other)
-		if err := checkMachine(&other); err == nil || !strings.Contains(err.Error(), why) {
+		if err := r.checkMachine(&image.Head{Arch: other}); err == nil || !strings.Contains(err.Error(), why) {
 			t.Errorf("%v, want %q", err, why)
 		}
+	}
+}
+
+// A thread's registers move to where this processor has them, or are refused by
+// name.
+func TestExtendedState(t *testing.T) {
+	here := machine()
+	here.Machine = "x86_64"
+	var said strings.Builder
+	r := &restore{RestoreOptions: RestoreOptions{Log: slog.New(slog.NewTextHandler(&said, nil))}}
+	then := here
+	then.XSize, then.Model = 4000, "another"
+	then.XFeatures = 7
+	then.XLayout = []image.XComponent{{Number: 2, Offset: 3000, Size: 256}}
+	state := make([]byte, then.XSize)
+	state[512] = 7
+	copy(state[3000:], "the upper halves of ymm0")
+	state[100] = 42
+	head := func(x []byte) *image.Head {
+		return &image.Head{Arch: then, Tasks: []*image.Task{{Pid: 5, Threads: []image.Thread{{Tid: 6, XState: x}}}}}
+	}
+	h := head(state)
+	must(t, r.checkMachine(h))
+	moved := h.Tasks[0].Threads[0].XState
+	if len(moved) != int(here.XSize) || moved[100] != 42 || moved[512] != 7 || !strings.HasPrefix(string(moved[here.XLayout[0].Offset:]), "the upper halves of ymm0") {
+		t.Errorf("an extended state of %d bytes, %d", len(moved), moved[512])
+	}
+	if !strings.Contains(said.String(), "another") || !strings.Contains(said.String(), "AVX-512") {
+		t.Errorf("differences were not mentioned: %s", said.String())
+	}
+	state[512+2] = 1 << (18 - 16)
+	if err := r.checkMachine(head(state)); err == nil || !strings.Contains(err.Error(), "task 5: thread 6: ") || !strings.Contains(err.Error(), "AMX tiles") {
+		t.Errorf("AMX here: %v", err)
+	}
+	state[512+2] = 0
+	then.XLayout = []image.XComponent{{Number: 2, Offset: 3000, Size: 128}}
+	if err := r.checkMachine(head(state)); err == nil || !strings.Contains(err.Error(), "size") {
+		t.Errorf("half an AVX: %v", err)
 	}
 }
 

@@ -128,7 +128,7 @@ func (r *restore) readHead(context.Context) error {
 	var err error
 	r.head, err = r.in.Head()
 	if err == nil {
-		err = checkMachine(&r.head.Arch)
+		err = r.checkMachine(r.head)
 	}
 	if e := <-started; err == nil {
 		err = e
@@ -138,7 +138,8 @@ func (r *restore) readHead(context.Context) error {
 
 // checkMachine refuses an image whose registers or code this machine does not
 // understand.
-func checkMachine(a *image.Arch) error {
+func (r *restore) checkMachine(head *image.Head) error {
+	a := &head.Arch
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return fmt.Errorf("uname: %w", err)
@@ -152,6 +153,12 @@ func checkMachine(a *image.Arch) error {
 	}
 	if missing := requiredFeatures(here.Features, a.Features); len(missing) > 0 {
 		return fail.Refuse("", fmt.Sprintf("this processor lacks what the image's programs may use: %v", missing), "restore on a processor that has it")
+	}
+	if err := fitXState(head, &here); err != nil {
+		return err
+	}
+	for _, note := range advice(a, &here) {
+		r.Log.Warn(note)
 	}
 	return nil
 }
