@@ -31,6 +31,8 @@ const (
 
 	regsAMD64 = 27 * 8 // sizeof(struct user_regs_struct)
 	sigevNone = 1      // SIGEV_NONE
+
+	membarriers = 1<<2 | 1<<4 | 1<<6 | 1<<8 // MEMBARRIER_CMD_REGISTER_*
 )
 
 func (b *builder) checkTask(t *Task) error {
@@ -58,6 +60,8 @@ func (b *builder) checkTaskParts(t *Task) error {
 		return errors.New("its threads are not those of the tree")
 	case len(t.Rlimits) > maxLimits:
 		return fmt.Errorf("it has %d resource limits", len(t.Rlimits))
+	case t.Membarrier&^membarriers != 0:
+		return fmt.Errorf("memory barriers %#x", t.Membarrier)
 	case len(t.ITimers) > 3 || len(t.Timers) > maxTimers:
 		return errors.New("it has too many timers")
 	case !validSignal(t.Stopped) || !validSignal(t.ExitSignal):

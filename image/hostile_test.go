@@ -279,6 +279,7 @@ func TestBadObjects(t *testing.T) {
 		{"posix timer 4", on(func(k *Task) bool { k.Timers[0].Deadline = -1; return true })},
 		{"posix timer 4", on(func(k *Task) bool { k.Timers[0].Interval, k.Timers[0].Overrun = 1<<40, 1<<30; return true })},
 		{"posix timer 1073741824", on(func(k *Task) bool { k.Timers[0].ID = 1 << 30; return true })},
+		{"memory barriers 0x1", on(func(k *Task) bool { k.Membarrier = 1; return true })},
 		{"interval timer 3", on(func(k *Task) bool { k.ITimers[0].Which = 3; return true })},
 		{"general registers of 8 bytes", on(func(k *Task) bool { k.Threads[0].Regs = make([]byte, 8); return true })},
 		{"extended state of", on(func(k *Task) bool { k.Threads[0].XState = make([]byte, maxXState+1); return true })},

@@ -252,6 +252,7 @@ type Task struct {
 	MemoryMerge    bool     `cbor:"43,keyasint,omitempty"`
 	XFeatures      uint64   `cbor:"44,keyasint,omitempty"` // that it asked for, ARCH_REQ_XCOMP_PERM
 	LDT            [][]byte `cbor:"45,keyasint,omitempty"` // struct user_desc each
+	Membarrier     uint32   `cbor:"50,keyasint,omitempty"` // registrations, as MEMBARRIER_CMD_GET_REGISTRATIONS tells them
 }
 
 // Rlimit is one resource limit, RLIM_INFINITY being all ones.

@@ -285,8 +285,9 @@ func askProcess(b *tracee.Batch, st *State) func() {
 	brk := b.Add(unix.SYS_BRK, tracee.W(0))
 	controls := askProcessControls(b, st.Task)
 	st.hasLDT = askLDT(b)
-	future := askLockFuture(b)
+	future, barriers := askLockFuture(b), askMembarrier(b)
 	return func() {
+		st.Task.Membarrier = barriers()
 		controls()
 		st.LockFuture = b.Err(future) == unix.EBUSY
 		st.Sighand, st.Task.ITimers = actions(), intervals()

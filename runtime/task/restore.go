@@ -60,6 +60,7 @@ func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_CHILD_SUBREAPER), tracee.W(1))
 	}
 	restoreProcessControls(b, t)
+	restoreMembarrier(b, t.Membarrier)
 }
 
 // Held is what a stub holds already: its capabilities, whether its ids are the
