@@ -12,6 +12,7 @@ const (
 	partNone part = iota
 	partPipe
 	partShmem
+	partPty
 	partEpoll
 	partEventfd
 	partTimerfd
@@ -35,6 +36,8 @@ var kinds = map[string]part{
 	KindStdio:     partNone,
 	KindShmem:     partShmem,
 	KindPath:      partNone,
+	KindPtmx:      partPty,
+	KindTTY:       partPty,
 }
 
 func (b *builder) checkFile(f *File) error {
@@ -54,6 +57,8 @@ func (b *builder) checkFile(f *File) error {
 	switch want {
 	case partPipe:
 		return need[Pipe](b, f.Pipe, "pipe")
+	case partPty:
+		return b.checkTTY(f)
 	case partShmem:
 		return need[Shmem](b, f.Pipe, "shared memory")
 	case partEpoll:
@@ -74,8 +79,11 @@ func (f *File) onlyPart(want part) error {
 		partSignalfd: f.Signalfd != nil,
 		partSocket:   f.Socket != nil,
 	}
-	if want == partShmem {
+	if want == partShmem || want == partPty {
 		want = partPipe // the same field
+	}
+	if f.Kind == KindTTY && f.Pid != 0 { // /dev/tty
+		want = partNone
 	}
 	if want != partNone && !carried[want] {
 		return fmt.Errorf("an open file of kind %s without the part that describes it", f.Kind)
@@ -129,6 +137,37 @@ func (b *builder) checkFiles(f *Files) error {
 func checkFS(f *FS) error {
 	if f.Umask > 0o777 {
 		return fmt.Errorf("umask %#o", f.Umask)
+	}
+	return nil
+}
+
+// checkTTY checks one side of a terminal, or /dev/tty of the process Pid.
+func (b *builder) checkTTY(f *File) error {
+	switch {
+	case f.Pid < 0:
+		return fmt.Errorf("pid %d is negative", f.Pid)
+	case f.Kind == KindTTY && f.Pid != 0:
+		return nil
+	}
+	return need[Pty](b, f.Pipe, "terminal")
+}
+
+// maxPty bounds the numbers of terminals: to have one, all below it are made.
+const maxPty = 4096 // kernel.pty.max, as it comes
+
+func checkPty(p *Pty) error {
+	const termios2 = 44 // sizeof(struct termios2)
+	switch {
+	case p.Index < 0 || p.Index >= maxPty:
+		return fmt.Errorf("terminal /dev/pts/%d: its number is not below %d", p.Index, maxPty)
+	case p.HungUp != (len(p.Termios) == 0), !p.HungUp && len(p.Termios) != termios2:
+		return fmt.Errorf("terminal /dev/pts/%d: settings of %d bytes", p.Index, len(p.Termios))
+	case p.Session < 0 || p.Foreground < 0:
+		return fmt.Errorf("terminal /dev/pts/%d: session %d or process group %d is negative", p.Index, p.Session, p.Foreground)
+	case p.Mode&^0o777 != 0:
+		return fmt.Errorf("terminal /dev/pts/%d: mode %#o", p.Index, p.Mode)
+	case p.HungUp && (p.Session != 0 || p.Console):
+		return fmt.Errorf("terminal /dev/pts/%d is hung up and in use", p.Index)
 	}
 	return nil
 }

@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
 
 	tasks     map[int32]*Task
 	processes map[int32]*Process // by pid
@@ -34,6 +34,9 @@ func (h *Head) Files(ref Ref) *Files { return object[Files](h, ref) }
 
 // FS returns the file system context ref, or nil if there is none.
 func (h *Head) FS(ref Ref) *FS { return object[FS](h, ref) }
+
+// Pty returns the terminal ref, or nil if there is none.
+func (h *Head) Pty(ref Ref) *Pty { return object[Pty](h, ref) }
 
 // Pipe returns the pipe buffer ref, or nil if there is none.
 func (h *Head) Pipe(ref Ref) *Pipe { return object[Pipe](h, ref) }
@@ -164,6 +167,8 @@ func (b *builder) check(v any) error {
 		return checkFS(v)
 	case *Pipe:
 		return checkPipe(v)
+	case *Pty:
+		return checkPty(v)
 	case *MM:
 		return b.checkMM(v)
 	case *Shmem:

@@ -254,6 +254,15 @@ func TestBadObjects(t *testing.T) {
 			m.Areas[0] = Area{Start: 0x400000, End: 0x600000, Kind: AreaShmem, File: refShmem, HugePage: 2 << 20}
 			return true
 		})},
+		{"names no terminal", on(func(f *File) bool { f.Pipe = refPipe; return f.Kind == KindTTY })},
+		{"without the part", on(func(f *File) bool { f.Pipe = 0; return f.Kind == KindTTY })},
+		{"with a part of another kind", on(func(f *File) bool { f.Pid = 7; return f.Kind == KindTTY })},
+		{"/dev/pts/4096: its number", on(func(p *Pty) bool { p.Index = 4096; return true })},
+		{"settings of 43 bytes", on(func(p *Pty) bool { p.Termios = p.Termios[1:]; return true })},
+		{"settings of 44 bytes", on(func(p *Pty) bool { p.HungUp = true; return true })},
+		{"hung up and in use", on(func(p *Pty) bool { p.HungUp, p.Termios = true, nil; return true })},
+		{"session -1", on(func(p *Pty) bool { p.Session = -1; return true })},
+		{"mode 01777", on(func(p *Pty) bool { p.Mode = 0o1777; return true })},
 		{"its executable", on(func(m *MM) bool { m.Exe = refShmem; return true })},
 		{"not aligned", on(func(m *MM) bool { m.Areas[0].Start++; return true })},
 		{"it is empty", on(func(m *MM) bool { m.Areas[0].End = m.Areas[0].Start; return true })},

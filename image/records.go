@@ -35,6 +35,7 @@ const (
 	TypeFiles     Type = 302
 	TypeFS        Type = 303
 	TypePipe      Type = 304
+	TypePty       Type = 305
 	TypeMM        Type = 401
 	TypeShmem     Type = 402
 	TypePages     Type = 403
@@ -442,6 +443,8 @@ const (
 	KindStdio     = "stdio"
 	KindShmem     = "shmem"
 	KindPath      = "path"
+	KindPtmx      = "ptmx"
+	KindTTY       = "tty"
 )
 
 // File is one open file description; exactly the part its Kind needs is set.
@@ -454,7 +457,7 @@ type File struct {
 	Mtime    int64     `cbor:"6,keyasint,omitempty"` // nanoseconds
 	Mode     uint32    `cbor:"7,keyasint,omitempty"` // st_mode
 	Rdev     uint64    `cbor:"8,keyasint,omitempty"` // of a device node
-	Pipe     Ref       `cbor:"9,keyasint,omitempty"` // pipe and fifo: the buffer; shmem: the memory
+	Pipe     Ref       `cbor:"9,keyasint,omitempty"` // pipe and fifo: the buffer; shmem: the memory; ptmx and tty: the terminal
 	Stdio    int32     `cbor:"10,keyasint,omitempty"`
 	Epoll    *Epoll    `cbor:"11,keyasint,omitempty"`
 	Eventfd  *Eventfd  `cbor:"12,keyasint,omitempty"`
@@ -473,6 +476,25 @@ type Pipe struct {
 	Length   uint32 `cbor:"2,keyasint"`           // bytes in it
 	Path     string `cbor:"3,keyasint,omitempty"` // of a fifo
 	Packet   bool   `cbor:"4,keyasint,omitempty"`
+}
+
+// Pty is a pseudo-terminal: a master, opened as ptmx, and its slave /dev/pts/Index.
+type Pty struct {
+	Index      int32     `cbor:"1,keyasint"`
+	Console    bool      `cbor:"2,keyasint,omitempty"`  // the container's own terminal: its master is the engine's
+	HungUp     bool      `cbor:"3,keyasint,omitempty"`  // its master is closed
+	Termios    []byte    `cbor:"4,keyasint,omitempty"`  // struct termios2, not of one that is hung up
+	Winsize    [4]uint16 `cbor:"5,keyasint"`            // rows, columns, and both in pixels
+	Locked     bool      `cbor:"6,keyasint,omitempty"`  // TIOCSPTLCK: the slave cannot be opened
+	Packet     bool      `cbor:"7,keyasint,omitempty"`  // TIOCPKT
+	Exclusive  bool      `cbor:"8,keyasint,omitempty"`  // TIOCEXCL
+	Closed     bool      `cbor:"9,keyasint,omitempty"`  // the slave has been open and is not
+	Session    int32     `cbor:"10,keyasint,omitempty"` // whose controlling terminal it is; its id is its leader's pid
+	Foreground int32     `cbor:"11,keyasint,omitempty"` // process group
+	Without    []int32   `cbor:"12,keyasint,omitempty"` // pids in the session that have given it up (TIOCNOTTY)
+	Mode       uint32    `cbor:"13,keyasint"`           // of the slave's node
+	UID        uint32    `cbor:"14,keyasint,omitempty"`
+	GID        uint32    `cbor:"15,keyasint,omitempty"`
 }
 
 // Epoll is an interest list.

@@ -26,6 +26,8 @@ const (
 	refEvent
 	refSocket
 	refLog
+	refPty
+	refTTY
 	refFilesInit
 	refFilesChild
 	refFS
@@ -116,8 +118,10 @@ func sampleObjects() []sampleRecord {
 		{TypeFile, File{Kind: KindEventfd, Flags: 2, Eventfd: &Eventfd{Count: 3}}},
 		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afInet, Type: 1, Listening: true, Backlog: 128, Address: append(address, 10, 0, 0, 2)}}},
 		{TypeFile, File{Kind: KindRegular, Flags: 0o2001, Path: "/var/log/\xff\x1b]0;evil\x07", Pos: 70, Size: 8192}},
+		{TypePty, Pty{Index: 1, Termios: make([]byte, 44), Session: 7, Mode: 0o620}},
+		{TypeFile, File{Kind: KindTTY, Flags: 2, Path: "/dev/pts/1", Pipe: refPty}},
 		{TypeFiles, Files{[]Descriptor{{0, refStdin, false}, {3, refReader, true}, {4, refEpoll, true}, {6, refSocket, false}}}},
-		{TypeFiles, Files{[]Descriptor{{3, refReader, false}, {5, refWriter, false}, {8, refEvent, false}, {9, refLog, false}}}},
+		{TypeFiles, Files{[]Descriptor{{2, refTTY, false}, {3, refReader, false}, {5, refWriter, false}, {8, refEvent, false}, {9, refLog, false}}}},
 		{TypeFS, FS{Cwd: "/srv", Root: "/", Umask: 0o22}},
 		{TypeSighand, Sighand{[]SigAction{{Signal: 15, Handler: 0x400100, Flags: 0x14000000, Restorer: 0x400200, Mask: 1}}}},
 		{TypeShmem, Shmem{Size: 5000, Name: "cache", Memfd: true}},

@@ -390,6 +390,8 @@ func target(h *Head, f *File) string {
 	case KindShmem:
 		m := h.Shmem(f.Pipe)
 		return strings.TrimSpace(fmt.Sprintf("%s #%d, %d bytes", m.Name, f.Pipe, m.Size))
+	case KindPtmx:
+		return fmt.Sprintf("master of /dev/pts/%d", h.Pty(f.Pipe).Index)
 	case KindEpoll:
 		return epollTarget(f.Epoll)
 	case KindEventfd:

@@ -30,10 +30,11 @@ type container struct {
 	id     string
 	dir    string // holds everything of this container
 	bundle string
-	root   string // state root of runc and ocickpt
-	tmp    string // TMPDIR of ocickpt; must be empty in the end
-	report string // name of the report below /out, if the program writes one
-	images int    // images made so far
+	root   string  // state root of runc and ocickpt
+	tmp    string  // TMPDIR of ocickpt; must be empty in the end
+	report string  // name of the report below /out, if the program writes one
+	images int     // images made so far
+	screen *screen // where its terminal is shown, if it has one
 	// threadsVary: the program starts and ends threads as it goes.
 	threadsVary bool
 	// gone is closed when the init process that runs now has been reaped;
@@ -314,12 +315,21 @@ func (c *container) run() *container {
 	c.t.Helper()
 	std := c.stdio()
 	defer std.close()
-	r := c.command(std, "runc", "--root", c.root, "run", "-d", "--bundle", c.bundle, c.id)
+	args := append([]string{"--root", c.root, "run", "-d", "--bundle", c.bundle}, c.consoleSocket()...)
+	r := c.command(std, "runc", append(args, c.id)...)
 	if r.code != 0 {
 		c.t.Fatalf("runc run: exit status %d\n%s", r.code, c.stderr())
 	}
 	c.adopt()
 	return c
+}
+
+// consoleSocket names the socket that takes the container's terminal.
+func (c *container) consoleSocket() []string {
+	if c.screen == nil {
+		return nil
+	}
+	return []string{"--console-socket", c.screen.path}
 }
 
 func (c *container) stderr() string {
@@ -422,7 +432,7 @@ func (c *container) tryRestore(flags ...string) result {
 	defer std.close()
 	before := len(c.stderr())
 	args := append([]string{"--root", c.root, "restore", "--detach", "--bundle", c.bundle,
-		"--image-path", c.image()}, flags...)
+		"--image-path", c.image()}, append(c.consoleSocket(), flags...)...)
 	r := c.command(std, c.binary(), append(args, c.id)...)
 	r.stderr = c.stderr()[before:]
 	return r

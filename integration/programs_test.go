@@ -33,6 +33,7 @@ var programs = []program{
 	{name: "shared-threads", options: []option{withArgs("/bin/shared", "threads")}},
 	{name: "locks", options: []option{withArgs("/bin/locks"), withVaryingThreads()}},
 	{name: "signals", options: []option{withArgs("/bin/signals")}},
+	{name: "terminal", options: []option{withArgs("/bin/terminal")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "creds", options: []option{
 		withArgs("/bin/creds"), withNewPrivileges(),

@@ -67,7 +67,7 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 	shared := mm.NewShared()
 	n := &census{shared: shared, found: newFound(), files: file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: shared,
-		Init: &file.Process{Pid: c.initPid, Inner: 1},
+		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts),
 	})}
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
@@ -102,7 +102,31 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
 		return nil, err
 	}
-	return n, nil
+	return n, n.findTerminals()
+}
+
+// findTerminals tells the terminals whose they are.
+func (n *census) findTerminals() error {
+	const statPgrp, statTTY, statForeground = 5, 7, 8
+	groups := map[uint64]int{} // inner ids of process groups, by the host's
+	for _, p := range n.procs {
+		groups[p.stat.Field(statPgrp)] = task.Innermost(p.status[0].NSpgid)
+	}
+	for _, p := range n.procs {
+		device := p.stat.Field(statTTY)
+		if device == 0 {
+			continue
+		}
+		if err := n.files.Control(device, task.Innermost(p.status[0].NSsid), groups[p.stat.Field(statForeground)]); err != nil {
+			return fail.In(p.name(), err)
+		}
+	}
+	for _, p := range n.procs {
+		if p.stat.Field(statTTY) == 0 {
+			n.files.Uncontrolled(p.inner, task.Innermost(p.status[0].NSsid))
+		}
+	}
+	return nil
 }
 
 // scanAll reads what the processes hold.

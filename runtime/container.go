@@ -159,9 +159,6 @@ func (c *container) readSpec(_ *libcontainer.State, config *configs.Config) (err
 	if err := json.Unmarshal(c.record.Spec, c.spec); err != nil {
 		return fmt.Errorf("%s/config.json: %w", c.record.Bundle, err)
 	}
-	if c.spec.Process != nil && c.spec.Process.Terminal {
-		return fail.Refuse("terminal", "containers with a terminal are not supported yet", "run it without (process.terminal false)")
-	}
 	// What restore would refuse for the bundle's sake is refused now.
 	if err := checkBundle(c.spec); err != nil {
 		return fail.On("bundle "+c.record.Bundle, err)

@@ -41,6 +41,7 @@ type made struct {
 	// offsets are those of its clocks from the host's.
 	offsets  map[int32]int64
 	mayLogIn error // why its tasks may not have login uids of their own
+	console  console
 }
 
 // createContainer lets libcontainer make the container that the operator's
@@ -67,6 +68,10 @@ func createContainer(r *restore) (m *made, err error) {
 	}
 	continueClocks(config, &r.head.Container)
 	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, identity: g.identity(), mayLogIn: g.mayLogIn()}
+	if m.console, err = openConsole(spec, r.ConsoleSocket, r.Detach); err != nil {
+		return nil, err
+	}
+	defer m.console.Close()
 	if err := m.clearLeftovers(r); err != nil {
 		return nil, err
 	}
@@ -215,10 +220,16 @@ func (m *made) start(r *restore) error {
 		ExtraFiles:      []*os.File{exe, r.service.File(), theirs},
 		NoNewPrivileges: &no, LogLevel: "4",
 	}
+	if m.console.socket != nil {
+		m.process.Stdin, m.process.Stdout, m.process.Stderr, m.process.ConsoleSocket = nil, nil, nil, m.console.socket
+	}
 	if err := m.promiseCgroups(r); err != nil {
 		return err
 	}
 	if err := m.lib.Start(m.process); err != nil {
+		return err
+	}
+	if err := m.console.receive(); err != nil {
 		return err
 	}
 	if m.state, err = m.lib.State(); err != nil {

@@ -30,11 +30,15 @@ import (
 
 // RestoreOptions say what to restore, from where, and as what.
 type RestoreOptions struct {
-	Root          string // state root of the runtime
-	ID            string // of the new container
-	Bundle        string
-	Image         io.Reader
-	PidFile       string
+	Root    string // state root of the runtime
+	ID      string // of the new container
+	Bundle  string
+	Image   io.Reader
+	PidFile string
+	// ConsoleSocket is the path of a socket that takes the master of the
+	// container's terminal. Without it and without Detach it is Restored.Terminal.
+	ConsoleSocket string
+	Detach        bool
 	SystemdCgroup bool
 	NoPivot       bool
 	NoNewKeyring  bool
@@ -237,6 +241,7 @@ func (r *restore) grow(context.Context) error {
 	var b tracee.Batch
 	task.ResetSignals(&b)
 	task.ChildSignals(&b, true)
+	r.maker.TakeTerminal(&b, r.made.initPid)
 	if _, err := r.made.stub.Run(&b); err != nil {
 		return err
 	}
@@ -269,7 +274,7 @@ func (r *restore) grow(context.Context) error {
 		delete(r.stubs, helper)
 		return h.Exit(0)
 	}
-	return nil
+	return r.maker.SettleTerminals(r.stubs)
 }
 
 func (r *restore) hierarchy() ([]forest.Process, []int) {
@@ -306,6 +311,7 @@ func (r *restore) steps(steps []forest.Step) error {
 			task.CloneSibling(&b, int32(step.Child))
 		case forest.Setsid:
 			b.Add(unix.SYS_SETSID)
+			r.maker.TakeTerminal(&b, step.Pid)
 		case forest.Setpgid:
 			b.Add(unix.SYS_SETPGID, tracee.W(0), tracee.W(step.Pgid))
 		case forest.Subreaper:

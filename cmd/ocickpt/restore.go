@@ -25,6 +25,7 @@ var restoreCommand = &cli.Command{
 		&cli.StringFlag{Name: "bundle", Aliases: []string{"b"}, Value: ".", Usage: "bundle of the new container"},
 		&cli.BoolFlag{Name: "detach", Aliases: []string{"d"}, Usage: "do not wait for the container"},
 		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
+		&cli.StringFlag{Name: "console-socket", Usage: "unix socket that takes the master of the container's terminal, with --detach"},
 		&cli.BoolFlag{Name: "no-pivot", Usage: "do not use pivot_root (the root is a ramdisk)"},
 		&cli.BoolFlag{Name: "no-new-keyring", Usage: "do not make a session keyring for the container"},
 	},
@@ -47,9 +48,9 @@ func restore(c *cli.Context) error {
 	defer in.Close()
 	o := runtime.RestoreOptions{
 		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
-		NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
+		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
 	}
-	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile} {
+	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile, "console-socket": &o.ConsoleSocket} {
 		if *to = c.String(name); *to != "" {
 			if *to, err = filepath.Abs(*to); err != nil {
 				return err
@@ -72,16 +73,23 @@ func restore(c *cli.Context) error {
 	return foreground(r, signals)
 }
 
-// foreground forwards signals to the container until its init ends, and exits
-// with its status, as `runc run` does.
+// foreground forwards signals to the container until its init ends, connects its
+// terminal with ours if it has one, and exits with its status, as `runc run` does.
 func foreground(r *runtime.Restored, signals <-chan os.Signal) error {
 	go func() {
 		for s := range signals {
 			_ = r.Signal(s)
 		}
 	}()
+	done := func() error { return nil }
+	if master := r.Terminal(); master != nil {
+		var err error
+		if done, err = relay(master); err != nil {
+			return err
+		}
+	}
 	state, err := r.Wait()
-	if err != nil {
+	if err = errors.Join(err, done()); err != nil {
 		return err
 	}
 	status, ok := state.Sys().(syscall.WaitStatus)
@@ -94,12 +102,13 @@ func foreground(r *runtime.Restored, signals <-chan os.Signal) error {
 	return exitStatus(status.ExitStatus())
 }
 
-// forwarded lists all signals but those that are about ourselves: SIGCHLD, and
-// SIGURG, which the Go runtime sends to its own threads.
+// forwarded lists all signals but those that are about ourselves: SIGCHLD,
+// SIGURG, which the Go runtime sends to its own threads, and SIGWINCH, which the
+// container's terminal sends when ours has changed its size.
 func forwarded() (all []os.Signal) {
 	const last = 64
 	for s := syscall.Signal(1); s <= last; s++ {
-		if s != unix.SIGCHLD && s != unix.SIGURG {
+		if s != unix.SIGCHLD && s != unix.SIGURG && s != unix.SIGWINCH {
 			all = append(all, s)
 		}
 	}

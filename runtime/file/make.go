@@ -38,6 +38,8 @@ type Maker struct {
 	kept     []int // what KeepProc has opened
 	pipes    map[image.Ref]*madePipe
 	segments map[image.Ref]int
+	ptys     map[image.Ref]*madePty
+	initPid  int32
 	readonly map[image.Ref]int // of segments, where they are mapped so
 	taken    map[image.Ref]bool
 	late     map[image.Ref]*os.File
@@ -62,9 +64,10 @@ const (
 func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *Maker {
 	m := &Maker{
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
-		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
+		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
 	}
+	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
 	for _, ref := range sortedRefs(head) {
 		switch o := head.Objects[ref].(type) {
@@ -135,6 +138,9 @@ func (m *Maker) Make() error {
 	if err := m.buffers(); err != nil {
 		return err
 	}
+	if err := m.makePtys(); err != nil {
+		return err
+	}
 	var files []image.Ref
 	for _, ref := range sortedRefs(m.head) {
 		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 {
@@ -146,7 +152,7 @@ func (m *Maker) Make() error {
 			return err
 		}
 	}
-	return nil
+	return m.setTerminals()
 }
 
 // clearLow raises the stub's own limit and moves what it started with up.

@@ -133,8 +133,11 @@ type Set struct {
 	tables  []*Table
 	mapped  map[mappedKey]*object.Object
 	maps    []*object.Object // mapped files in the order they were met
-	pipes   map[uint64]*pipe
-	order   []*pipe
+	ptys    map[int]*pty
+	// terminals are ptys in the order they were met.
+	terminals []*pty
+	pipes     map[uint64]*pipe
+	order     []*pipe
 }
 
 // Env is what the room must know of the container.
@@ -144,6 +147,8 @@ type Env struct {
 	Stdio  []string // link targets that init was started with
 	Init   *Process
 	Shared *mm.Shared
+	// Console is the container's terminal as ConsoleRoot tells it.
+	Console string
 }
 
 type mappedKey struct {
@@ -154,7 +159,7 @@ type mappedKey struct {
 
 // NewSet returns an empty set for a container.
 func NewSet(env Env) *Set {
-	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}}
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}, ptys: map[int]*pty{}}
 }
 
 // AddTable reads the descriptor table of a process.
@@ -214,6 +219,9 @@ func (s *Set) Describe() error {
 		if err := s.describe(d); err != nil {
 			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
 		}
+	}
+	if err := s.readTerminals(); err != nil {
+		return err
 	}
 	if err := s.checkPipes(); err != nil {
 		return err
@@ -305,6 +313,9 @@ func (t *Table) complete() {
 func (s *Set) Objects() []*object.Object {
 	var out []*object.Object
 	for _, p := range s.order {
+		out = append(out, &p.Object)
+	}
+	for _, p := range s.terminals {
 		out = append(out, &p.Object)
 	}
 	out = append(out, s.maps...)
