@@ -204,11 +204,13 @@ func (p *probeTask) probePagemapScan() error {
 	const present = 1 << 3 // PAGE_IS_PRESENT
 	var region [3]uint64
 	arg := struct {
-		size, flags, start, end, walkEnd, vec, vecLen, maxPages uint64
-		inverted, mask, anyOf, returned                         uint64
+		size, flags, start, end, walkEnd uint64
+		vec                              unsafe.Pointer // keeps region where it is
+		vecLen, maxPages                 uint64
+		inverted, mask, anyOf, returned  uint64
 	}{
 		start: p.page, end: p.page + uint64(os.Getpagesize()),
-		vec: uint64(uintptr(unsafe.Pointer(&region))), vecLen: 1, mask: present, returned: present,
+		vec: unsafe.Pointer(&region), vecLen: 1, mask: present, returned: present,
 	}
 	arg.size = uint64(unsafe.Sizeof(arg))
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), pagemapScan, uintptr(unsafe.Pointer(&arg)))

@@ -49,7 +49,8 @@ type scanArg struct {
 	size, flags       uint64
 	start, end        uint64
 	walkEnd           uint64
-	vec, vecLen       uint64
+	vec               unsafe.Pointer // and no number: goroutines' stacks move
+	vecLen            uint64
 	maxPages          uint64
 	categoryInverted  uint64
 	categoryMask      uint64
@@ -102,7 +103,7 @@ func (p *pagemap) ownByScan(ranges []extent, yield func(found) error) error {
 	for start, end := ranges[0].start, ranges[len(ranges)-1].end; start < end; {
 		arg := scanArg{
 			start: start, end: end,
-			vec: uint64(uintptr(unsafe.Pointer(&regions[0]))), vecLen: uint64(len(regions)),
+			vec: unsafe.Pointer(&regions[0]), vecLen: uint64(len(regions)),
 			categoryInverted:  pageIsFile | pageIsPfnZero,
 			categoryMask:      pageIsFile | pageIsPfnZero,
 			categoryAnyofMask: pageIsPresent | pageIsSwapped,
