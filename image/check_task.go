@@ -35,6 +35,9 @@ const (
 	membarriers = 1<<2 | 1<<4 | 1<<6 | 1<<8 // MEMBARRIER_CMD_REGISTER_*
 )
 
+// stopSignals are SIGSTOP, SIGTSTP, SIGTTIN and SIGTTOU.
+var stopSignals = []int32{19, 20, 21, 22}
+
 func (b *builder) checkTask(t *Task) error {
 	if err := b.checkTaskParts(t); err != nil {
 		return fmt.Errorf("process %d: %w", t.Pid, err)
@@ -64,8 +67,12 @@ func (b *builder) checkTaskParts(t *Task) error {
 		return fmt.Errorf("memory barriers %#x", t.Membarrier)
 	case len(t.ITimers) > 3 || len(t.Timers) > maxTimers:
 		return errors.New("it has too many timers")
-	case !validSignal(t.Stopped) || !validSignal(t.ExitSignal):
-		return errors.New("its exit signal or stop signal is not a signal")
+	case t.Untold != 0 && (t.Untold != CldStopped || t.Stopped == 0) && (t.Untold != CldContinued || t.Stopped != 0):
+		return fmt.Errorf("wait has yet to tell %d of it, but it is stopped by signal %d", t.Untold, t.Stopped)
+	case t.Stopped != 0 && !slices.Contains(stopSignals, t.Stopped):
+		return fmt.Errorf("signal %d stops nothing", t.Stopped)
+	case !validSignal(t.ExitSignal):
+		return errors.New("its exit signal is not a signal")
 	case t.THPDisable > 3 || t.MDWE > 3 || t.Dumpable > 2:
 		return errors.New("its memory controls are not valid")
 	}

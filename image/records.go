@@ -246,6 +246,7 @@ type Task struct {
 	THPDisable  uint32       `cbor:"15,keyasint,omitempty"` // as PR_GET_THP_DISABLE tells it
 	Stopped     int32        `cbor:"16,keyasint,omitempty"` // the job-control signal that stopped it
 	Threads     []Thread     `cbor:"17,keyasint"`           // leader first
+	Untold      int32        `cbor:"18,keyasint,omitempty"` // CldStopped or CldContinued, if wait(2) has yet to tell the parent
 
 	CoredumpFilter uint32   `cbor:"40,keyasint"`
 	LoginUID       uint32   `cbor:"41,keyasint"`           // all ones: none
@@ -255,6 +256,13 @@ type Task struct {
 	LDT            [][]byte `cbor:"45,keyasint,omitempty"` // struct user_desc each
 	Membarrier     uint32   `cbor:"50,keyasint,omitempty"` // registrations, as MEMBARRIER_CMD_GET_REGISTRATIONS tells them
 }
+
+// What wait(2) tells of a child that has not ended: si_code of a SIGCHLD
+// (sigaction(2)).
+const (
+	CldStopped   = 5
+	CldContinued = 6
+)
 
 // Rlimit is one resource limit, RLIM_INFINITY being all ones.
 type Rlimit struct {

@@ -45,6 +45,7 @@ var programs = []program{
 	}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
+	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),
 	}},

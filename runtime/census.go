@@ -196,8 +196,6 @@ func (n *census) admit(c *container, p *process) (err error) {
 	switch {
 	case s.State == 'Z':
 		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
-	case s.State == 'T', c.record.Paused && task.JobStopped(p.pid):
-		return fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint")
 	case p.inner == 0:
 		return fail.Refuse("pid namespace", "it is in none of the container", "")
 	}
@@ -324,6 +322,33 @@ func (c *container) innerIDs(status ...*task.Status) *image.InnerIDs {
 		in.Threads = append(in.Threads, narrow(s.NSpid[c.pidDepth:]))
 	}
 	return in
+}
+
+// family lists the processes by their parents' host pids.
+func (n *census) family() map[int][]*process {
+	children := map[int][]*process{}
+	for _, p := range n.procs {
+		children[p.status[0].PPid] = append(children[p.status[0].PPid], p)
+	}
+	return children
+}
+
+// knownTo is the pid by which another process knows p: that of its own pid
+// namespace.
+func (p *process) knownTo(other *process) int32 {
+	return int32(p.status[0].NSpid[len(other.status[0].NSpid)-1])
+}
+
+// passJobs notes with each child what its parent has yet to be told of it.
+func (n *census) passJobs(children map[int][]*process) {
+	for _, parent := range n.procs {
+		for _, p := range children[parent.pid] {
+			switch code := parent.state.Untold[p.knownTo(parent)]; {
+			case code == image.CldStopped && p.state.Task.Stopped != 0, code == image.CldContinued && p.state.Task.Stopped == 0:
+				p.state.Task.Untold = code
+			}
+		}
+	}
 }
 
 func narrow(ids []int) []int32 {

@@ -343,20 +343,22 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err := n.checkGrowth(&k.tree); err != nil {
 		return err
 	}
+	children := n.family()
 	for _, p := range n.procs {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := k.collectTask(p); err != nil {
+		if err := k.collectTask(p, children[p.pid]); err != nil {
 			return fail.In(p.name(), err)
 		}
 	}
+	n.passJobs(children)
 	k.head.noteState(n)
 	k.warnOfGuests()
 	return nil
 }
 
-func (k *checkpoint) collectTask(p *process) error {
+func (k *checkpoint) collectTask(p *process, children []*process) error {
 	for _, tid := range p.tids {
 		t := k.halt.Held[tid]
 		if t == nil {
@@ -368,7 +370,8 @@ func (k *checkpoint) collectTask(p *process) error {
 	k.report.Threads += len(p.tids)
 	p.live = k.halt.Live[p.pid]
 	src := &task.Source{
-		Pid: p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
+		Stopped: k.halt.Stopped[p.pid],
+		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
 		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: p.space.AskPolicies(),
 		InnerTid: func(host int) int {
@@ -387,6 +390,9 @@ func (k *checkpoint) collectTask(p *process) error {
 				return len(ids) > level && ids[level] == inner
 			}) || slices.ContainsFunc(k.census.zombies, func(z zombie) bool { return len(z.Pids) > level && int(z.Pids[level]) == inner })
 		},
+	}
+	for _, child := range children {
+		src.Children = append(src.Children, child.knownTo(p))
 	}
 	var err error
 	if p.state, err = src.Collect(); err != nil {

@@ -497,8 +497,38 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.maker.Seal(); err != nil {
 		return err
 	}
+	if err := r.stopJobs(); err != nil {
+		return err
+	}
 	r.finishWritersLast()
 	return r.each(ctx, r.finishTask)
+}
+
+// stopJobs stops those that job control had stopped, as long as all are stubs.
+func (r *restore) stopJobs() error {
+	depth := map[int32]int{} // in pid namespaces below the container's
+	for i := range r.head.Tree.Processes {
+		p := &r.head.Tree.Processes[i]
+		if p.Inner != nil {
+			depth[p.Pid] = len(p.Inner.Pgid)
+		}
+		t := r.head.Task(p.Pid)
+		if t == nil {
+			continue
+		}
+		pid := p.Pid
+		if d := depth[p.Ppid]; d > 0 && d <= depth[p.Pid] {
+			pid = p.Inner.Threads[0][d-1]
+		}
+		exact, err := task.RestoreJob(r.stubs[int(p.Pid)], r.stubs[int(p.Ppid)], pid, t)
+		if err != nil {
+			return fail.In(fmt.Sprintf("task %d", t.Pid), fmt.Errorf("stop it by signal %d: %w", t.Stopped, err))
+		}
+		if !exact {
+			r.Log.Warn("stopped by another signal than it was, its process group being orphaned", "task", t.Pid, "was", t.Stopped, "is", int(unix.SIGSTOP))
+		}
+	}
+	return nil
 }
 
 func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
@@ -661,24 +691,53 @@ func (r *restore) settle(context.Context) error {
 
 // release lets everything go in one act: detached while the cgroup is frozen,
 // all tasks begin with the thaw. The thaw is the commit.
+//
+// Processes that job control has stopped go first: they stay where they are, and
+// nobody is to see them on their way.
 func (r *restore) release(ctx context.Context) error {
+	var back []int
+	for _, t := range r.head.Tasks {
+		if t.Stopped == 0 {
+			continue
+		}
+		if err := r.detach(int(t.Pid)); err != nil {
+			return err
+		}
+		for _, s := range r.threads[int(t.Pid)] {
+			back = append(back, s.Tid)
+		}
+		delete(r.threads, int(t.Pid))
+	}
+	task.AwaitJobStops(back)
 	if err := r.cgroup.Freeze(ctx); err != nil {
 		return err
 	}
 	if err := fault.Point("restore.detach"); err != nil {
 		return err
 	}
+	for _, t := range r.head.Tasks {
+		if err := task.SendStops(r.threads[int(t.Pid)], t); err != nil {
+			return fail.In(fmt.Sprintf("task %d", t.Pid), err)
+		}
+	}
 	for _, pid := range slices.Sorted(keys(r.threads)) {
-		for _, s := range r.threads[pid] {
-			if err := s.Detach(0); err != nil {
-				return err
-			}
+		if err := r.detach(pid); err != nil {
+			return err
 		}
 	}
 	if err := fault.Point("restore.thaw"); err != nil {
 		return err
 	}
 	return r.cgroup.Thaw(ctx)
+}
+
+func (r *restore) detach(pid int) error {
+	for _, s := range r.threads[pid] {
+		if err := s.Detach(0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func keys[K comparable, V any](m map[K]V) func(func(K) bool) {

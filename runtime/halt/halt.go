@@ -15,6 +15,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/fault"
@@ -38,6 +40,11 @@ type Halt struct {
 	Paused bool                   // the engine has frozen the container, and it stays so
 	Held   map[int]*tracee.Thread // by host tid
 	Live   map[int]*tracee.Live   // by host pid
+	// Stopped are the processes, by host pid, that job control has stopped, with
+	// the signal that did. They stay so: when it detaches, the kernel puts a
+	// thread of such a process back into its stop (__ptrace_unlink in
+	// kernel/ptrace.c), without a word to anybody.
+	Stopped map[int]unix.Signal
 
 	cgroup   *cgroupfreeze.Cgroup
 	limbo    map[int]*tracee.Thread // that have not stopped, from an earlier try
@@ -55,7 +62,7 @@ type Halt struct {
 // the other: frozen by it, tasks reach a ptrace stop as they are, and stay
 // frozen if we die before they are in order again.
 func New(paths map[string]string, paused bool) (*Halt, error) {
-	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}, limbo: map[int]*tracee.Thread{}}
+	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}, limbo: map[int]*tracee.Thread{}, Stopped: map[int]unix.Signal{}}
 	var err error
 	if unified := paths[""]; unified != "" && (paths["freezer"] == "" || !paused) {
 		h.cgroup, err = cgroupfreeze.Open(map[string]string{"": unified})
@@ -94,8 +101,8 @@ func (h *Halt) try(ctx context.Context) error {
 	if err := h.cgroup.Freeze(ctx); err != nil {
 		return err
 	}
-	for {
-		fresh, err := h.seize()
+	for frozen := true; ; frozen = h.stops {
+		fresh, skipped, err := h.seize(frozen)
 		if err == nil && !h.stops {
 			err = h.cgroup.Thaw(ctx)
 		}
@@ -105,7 +112,7 @@ func (h *Halt) try(ctx context.Context) error {
 		if err := h.await(fresh); err != nil {
 			return err
 		}
-		if h.stops && len(fresh) > 0 {
+		if h.stops && len(fresh) > 0 || skipped {
 			continue // until a look finds nobody new, while nothing can fork
 		}
 		if h.stops {
@@ -118,10 +125,13 @@ func (h *Halt) try(ctx context.Context) error {
 }
 
 // seize seizes and interrupts every thread of the cgroup that is not yet held.
-func (h *Halt) seize() (fresh []*tracee.Thread, err error) {
+// Threads that job control has stopped and that cgroup v1 has frozen are
+// skipped: PTRACE_SEIZE waits until a stopped thread has noticed, which these
+// cannot before the thaw. It does not set them going.
+func (h *Halt) seize(frozen bool) (fresh []*tracee.Thread, skipped bool, err error) {
 	pids, err := h.cgroup.Processes()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	for _, pid := range pids {
 		tids, err := task.Threads(pid)
@@ -129,7 +139,7 @@ func (h *Halt) seize() (fresh []*tracee.Thread, err error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		for _, tid := range tids {
 			if h.Held[tid] != nil {
@@ -141,31 +151,25 @@ func (h *Halt) seize() (fresh []*tracee.Thread, err error) {
 				fresh = append(fresh, t)
 				continue
 			}
-			// Seizing waits for a stopped task to notice, which one that is
-			// frozen by cgroup v1 cannot.
-			if !h.stops && task.JobStopped(tid) {
-				return nil, stopped(tid)
+			if frozen && !h.stops && task.JobStopped(tid) {
+				skipped = true
+				continue
 			}
 			t, err := tracee.Seize(pid, tid, tracee.LiveOptions)
 			if errors.Is(err, tracee.ErrGone) || err != nil && task.Ended(tid) {
 				continue
 			}
 			if err != nil {
-				return nil, fail.In(fmt.Sprintf("task (host %d)", tid), err)
+				return nil, false, fail.In(fmt.Sprintf("task (host %d)", tid), err)
 			}
 			h.Held[tid] = t
 			fresh = append(fresh, t)
 			if err := t.Interrupt(); err != nil && !errors.Is(err, tracee.ErrGone) {
-				return nil, err
+				return nil, false, err
 			}
 		}
 	}
-	return fresh, nil
-}
-
-func stopped(tid int) error {
-	return fail.In(fmt.Sprintf("task (host %d)", tid),
-		fail.Refuse("", "it is stopped by a signal; stopped tasks are not supported yet", "continue it (kill -CONT) before the checkpoint"))
+	return fresh, skipped, nil
 }
 
 // await waits for the stops and repairs at once what they have interrupted. A
@@ -177,11 +181,11 @@ func (h *Halt) await(threads []*tracee.Thread) error {
 	}
 	for _, t := range threads {
 		err := t.WaitInterrupt(wait)
-		if err == nil {
-			err = repair(t)
+		if sig := t.GroupStop(); err == nil && sig != 0 {
+			h.Stopped[t.Pid] = sig
 		}
-		if err == nil && t.GroupStopped() {
-			err = stopped(t.Tid)
+		if err == nil {
+			err = h.repair(t)
 		}
 		if errors.Is(err, tracee.ErrGone) {
 			delete(h.Held, t.Tid)
@@ -198,10 +202,11 @@ func (h *Halt) await(threads []*tracee.Thread) error {
 	return nil
 }
 
-// repair makes a thread enter the call again that our interrupt has ended.
-func repair(t *tracee.Thread) error {
+// repair makes a thread enter the call again that our interrupt has ended. The
+// EINTR of one in a group stop is none of our doing.
+func (h *Halt) repair(t *tracee.Thread) error {
 	r, err := t.Regs()
-	if err != nil || !task.EndedByInterrupt(&r) {
+	if err != nil || !task.EndedByInterrupt(&r) || h.Stopped[t.Pid] != 0 {
 		return err
 	}
 	s, err := task.ReadStatus(t.Tid)
@@ -230,7 +235,7 @@ func (h *Halt) settle() error {
 		for _, t := range threads {
 			err := live.Settle(t, limit)
 			if err == nil {
-				err = repair(t) // it ran, and may be in such a call by now
+				err = h.repair(t) // it ran, and may be in such a call by now
 			}
 			if err != nil {
 				return fail.In(fmt.Sprintf("task (host %d)", pid), err)
@@ -272,16 +277,23 @@ func (h *Halt) Release(ctx context.Context) error {
 	if !h.touched {
 		return nil // a freeze and a thaw would not pass unnoticed
 	}
-	errs := h.cgroup.Freeze(context.WithoutCancel(ctx))
-	held := h.Held
+	held, stopped := h.Held, h.Stopped
 	h.Forget()
+	// Those that are stopped go back into their stop at once: with the thaw,
+	// others might be first to run and to look at them.
+	var errs error
+	var back []int
 	for tid, t := range held {
-		switch err := t.Detach(0); {
-		case errors.Is(err, tracee.ErrGone) && !task.Ended(tid):
-			h.limbo[tid] = t // not stopped, so it cannot be let go; it is when we end
-		case err != nil && !errors.Is(err, tracee.ErrGone):
-			errs = errors.Join(errs, err)
+		if stopped[t.Pid] != 0 {
+			errs = errors.Join(errs, h.detach(t))
+			back = append(back, tid)
+			delete(held, tid)
 		}
+	}
+	task.AwaitJobStops(back)
+	errs = errors.Join(errs, h.cgroup.Freeze(context.WithoutCancel(ctx)))
+	for _, t := range held {
+		errs = errors.Join(errs, h.detach(t))
 	}
 	if !h.Paused {
 		errs = errors.Join(errs, h.cgroup.Thaw(context.WithoutCancel(ctx)))
@@ -289,12 +301,23 @@ func (h *Halt) Release(ctx context.Context) error {
 	return errs
 }
 
+func (h *Halt) detach(t *tracee.Thread) error {
+	err := t.Detach(0)
+	if !errors.Is(err, tracee.ErrGone) {
+		return err
+	}
+	if !task.Ended(t.Tid) {
+		h.limbo[t.Tid] = t // not stopped, so it cannot be let go; it is when we end
+	}
+	return nil
+}
+
 // Forget drops the threads without a word to them: they are gone.
 func (h *Halt) Forget() {
 	for _, l := range h.Live {
 		_ = l.Close()
 	}
-	h.Held, h.Live = map[int]*tracee.Thread{}, map[int]*tracee.Live{}
+	h.Held, h.Live, h.Stopped = map[int]*tracee.Thread{}, map[int]*tracee.Live{}, map[int]unix.Signal{}
 }
 
 // Recover lets a container go that a coordinator has left frozen when it died.

@@ -30,6 +30,9 @@ type Source struct {
 	// MayFlush tells that threads of the container may have been I/O flushers,
 	// which takes CAP_SYS_RESOURCE.
 	MayFlush bool
+	Stopped  unix.Signal // that job control has stopped it by
+	// Children are the pids of the process's children, as it knows them.
+	Children []int32
 	// InnerTid translates a host tid of the container.
 	InnerTid func(host int) int
 	// Level picks the container's from the ids in each pid namespace.
@@ -55,8 +58,13 @@ type State struct {
 	// LockFuture says that mlockall(2) locks what the process maps from now on.
 	LockFuture bool
 
-	hasLDT func() bool
-	asked  int64 // CLOCK_MONOTONIC when the process had told what time its timers had left
+	// Untold is what wait(2) has yet to tell of its children: CLD_STOPPED or
+	// CLD_CONTINUED by pid.
+	Untold map[int32]int32
+
+	hasLDT  func() bool
+	hasJobs func() bool
+	asked   int64 // CLOCK_MONOTONIC when the process had told what time its timers had left
 }
 
 const statExitSignal = 38 // field of /proc/PID/stat
@@ -121,6 +129,9 @@ func (s *Source) outside(t *image.Task) (err error) {
 	if t.CoredumpFilter, err = coredumpFilter(s.Pid); err != nil {
 		return err
 	}
+	if !s.continued() {
+		t.Stopped = int32(s.Stopped)
+	}
 	t.LoginUID, err = LoginUID(s.Pid)
 	return err
 }
@@ -174,7 +185,12 @@ func (s *Source) thread(i int, st *State) error {
 		}
 	}
 	if i == 0 && st.hasLDT() {
-		st.Task.LDT, err = readLDT(s.Live, t)
+		if st.Task.LDT, err = readLDT(s.Live, t); err != nil {
+			return err
+		}
+	}
+	if i == 0 && st.hasJobs() {
+		st.Untold, err = s.untold()
 	}
 	return err
 }
@@ -284,7 +300,7 @@ func askProcess(b *tracee.Batch, st *State) func() {
 	dumpable := b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_GET_DUMPABLE))
 	brk := b.Add(unix.SYS_BRK, tracee.W(0))
 	controls := askProcessControls(b, st.Task)
-	st.hasLDT = askLDT(b)
+	st.hasLDT, st.hasJobs = askLDT(b), askJobs(b)
 	future, barriers := askLockFuture(b), askMembarrier(b)
 	return func() {
 		st.Task.Membarrier = barriers()

@@ -143,7 +143,7 @@ func restoreAltStack(b *tracee.Batch, s image.AltStack) {
 
 // restorePending adds the calls that queue signals again, in order. A task may
 // send itself any siginfo (rt_sigqueueinfo(2)). The signal of a timer is left to
-// expired.
+// expired, SIGSTOP to SendStops.
 func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, expired func(timer int32)) {
 	for _, info := range queue {
 		if id, ok := ofTimer(info, t.Timers); ok {
@@ -151,6 +151,9 @@ func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, e
 			continue
 		}
 		sig := binary.LittleEndian.Uint32(info)
+		if sig == uint32(unix.SIGSTOP) {
+			continue
+		}
 		if tid == 0 {
 			b.Add(unix.SYS_RT_SIGQUEUEINFO, tracee.W(t.Pid), tracee.W(sig), b.Put(info))
 		} else {

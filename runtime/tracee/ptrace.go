@@ -246,11 +246,15 @@ func (t *Thread) WaitInterrupt(limit time.Duration) error {
 	}
 }
 
-// GroupStopped reports that the thread's present stop is one of job control
-// (ptrace(2), "Group-stop"), not only the one that Interrupt asked for.
-func (t *Thread) GroupStopped() bool {
+// GroupStop is the signal by which job control has stopped the thread, if its
+// present stop is of that kind (ptrace(2), "Group-stop") and not only the one
+// that Interrupt asked for, else 0.
+func (t *Thread) GroupStop() unix.Signal {
 	s, stopped, err := t.wait(unix.WNOHANG)
-	return err == nil && stopped && s.Event == eventStop && s.Signal != unix.SIGTRAP
+	if err == nil && stopped && s.Event == eventStop && s.Signal != unix.SIGTRAP {
+		return s.Signal
+	}
+	return 0
 }
 
 func (t *Thread) contInterrupted(sig unix.Signal) error {

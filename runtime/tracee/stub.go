@@ -305,6 +305,64 @@ func (s *Stub) toSyscallStop() error {
 	}
 }
 
+// Stop brings the stub, the only thread of its process, into a group stop by a
+// signal, under trace: it goes on to work for us, but when it is detached, the
+// kernel puts it back there. A process whose group is orphaned cannot be stopped
+// by any signal but SIGSTOP (setpgid(2)); it is stopped by that, and exact is false.
+func (s *Stub) Stop(sig unix.Signal) (exact bool, err error) {
+	// Sent is SIGSTOP, which nothing can block, and the other put in its place
+	// when it is delivered. The interrupt is for the case that this stops nothing.
+	if err := unix.Kill(s.Pid, unix.SIGSTOP); err != nil {
+		return false, fmt.Errorf("task %d: kill: %w", s.Tid, err)
+	}
+	if err := s.contTo(0, Stop{Signal: unix.SIGSTOP}); err != nil {
+		return false, err
+	}
+	if err := s.SetSigMask(allSignalsButTrap &^ sigbit(sig)); err != nil {
+		return false, err
+	}
+	if err := s.Interrupt(); err != nil {
+		return false, err
+	}
+	if err := s.Cont(sig); err != nil {
+		return false, err
+	}
+	if _, err := s.Wait(); err != nil {
+		return false, err
+	}
+	if err := s.SetSigMask(allSignalsButTrap); err != nil {
+		return false, err
+	}
+	if got := s.GroupStop(); got == sig {
+		return true, nil
+	}
+	if sig == unix.SIGSTOP {
+		return false, fmt.Errorf("task %d does not stop for SIGSTOP", s.Tid)
+	}
+	_, err = s.Stop(unix.SIGSTOP)
+	return false, err
+}
+
+// Continue ends the group stop. The SIGCONT stays pending, since the stub blocks it.
+func (s *Stub) Continue() error {
+	if err := unix.Kill(s.Pid, unix.SIGCONT); err != nil {
+		return fmt.Errorf("task %d: kill: %w", s.Tid, err)
+	}
+	return s.contTo(0, Stop{Signal: unix.SIGTRAP, Event: eventStop})
+}
+
+// contTo lets the stub run to a stop that must be the one given.
+func (s *Stub) contTo(sig unix.Signal, want Stop) error {
+	if err := s.Cont(sig); err != nil {
+		return err
+	}
+	got, err := s.Wait()
+	if err == nil && got != want {
+		err = fmt.Errorf("task %d: %v instead of %v", s.Tid, got, want)
+	}
+	return err
+}
+
 // Scratch is the address of a few bytes that no batch uses.
 func (s *Stub) Scratch() uint64 { return s.base + ServiceSize - 64 }
 

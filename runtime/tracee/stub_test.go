@@ -264,3 +264,42 @@ func TestStubKilled(t *testing.T) {
 		t.Errorf("a killed stub gives %v", err)
 	}
 }
+
+// A stopped stub works on, and what it is stopped by is told once.
+func TestStubStopped(t *testing.T) {
+	s := newStub(t)
+	const stopped = 0x7f
+	for i, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGTTOU} {
+		child := children(t, s, uint32(100+i))[0]
+		var leave Batch
+		leave.Add(unix.SYS_SETSID) // into a group whose parents are in another session: it is orphaned
+		_, err := child.Run(&leave)
+		must(t, err)
+		exact, err := child.Stop(sig)
+		if err != nil || exact != (sig == unix.SIGSTOP) {
+			t.Fatalf("stop by %v: %v, %v", sig, exact, err)
+		}
+		var own Batch
+		own.Add(unix.SYS_GETPID)
+		if _, err := child.Run(&own); err != nil || own.Calls[0].Ret != int64(100+i) {
+			t.Fatalf("the stopped stub gives %d, %v", own.Calls[0].Ret, err)
+		}
+		var b Batch
+		at := b.Reserve(8)
+		for j := range 2 {
+			b.Add(unix.SYS_WAIT4, W(100+i), at.Plus(4*j), W(unix.WUNTRACED|unix.WNOHANG))
+		}
+		if _, err := s.Run(&b); err != nil {
+			t.Fatal(err)
+		}
+		if first, second := binary.LittleEndian.Uint32(b.At(at, 4)), b.Calls[1].Ret; first != stopped|uint32(unix.SIGSTOP)<<8 || second != 0 {
+			t.Errorf("wait tells %#x, and then %d", first, second)
+		}
+		if err := child.Continue(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := child.Run(&own); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
