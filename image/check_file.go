@@ -193,6 +193,8 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 		}
 	case *File:
 		size = uint64(o.Size)
+	case *Inode:
+		size = o.Size
 	default:
 		return fmt.Errorf("reference %d names no pipe or file", ref)
 	}

@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
 
 	tasks     map[int32]*Task
 	processes map[int32]*Process // by pid
@@ -40,6 +40,9 @@ func (h *Head) Pty(ref Ref) *Pty { return object[Pty](h, ref) }
 
 // Pipe returns the pipe buffer ref, or nil if there is none.
 func (h *Head) Pipe(ref Ref) *Pipe { return object[Pipe](h, ref) }
+
+// Inode returns the inode ref, or nil if there is none.
+func (h *Head) Inode(ref Ref) *Inode { return object[Inode](h, ref) }
 
 // MM returns the address space ref, or nil if there is none.
 func (h *Head) MM(ref Ref) *MM { return object[MM](h, ref) }
@@ -73,6 +76,8 @@ type builder struct {
 	metadata uint64         // payload bytes of sections 1 to 5
 	spaceOf  map[Ref]Ref    // the address space of those who have these signal actions
 	progress map[Ref]uint64 // where the next TypeBytes of an object may begin
+	places   map[Ref]place  // of inodes
+	names    map[Name]bool  // taken
 }
 
 func newBuilder() *builder {
@@ -80,6 +85,8 @@ func newBuilder() *builder {
 		Head:     Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}, processes: map[int32]*Process{}},
 		spaceOf:  map[Ref]Ref{},
 		progress: map[Ref]uint64{},
+		places:   map[Ref]place{},
+		names:    map[Name]bool{},
 	}
 }
 
@@ -169,6 +176,8 @@ func (b *builder) check(v any) error {
 		return checkPipe(v)
 	case *Pty:
 		return checkPty(v)
+	case *Inode:
+		return b.checkInode(v)
 	case *MM:
 		return b.checkMM(v)
 	case *Shmem:
@@ -205,6 +214,8 @@ func (b *builder) keep(ref Ref, v any) {
 		b.Tasks = append(b.Tasks, v)
 		b.tasks[v.Pid] = v
 		b.spaceOf[v.Sighand] = v.MM
+	case *Inode:
+		b.keepInode(ref, v)
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v

@@ -309,6 +309,32 @@ func TestBadObjects(t *testing.T) {
 		{"a mask of 130 bytes", on(func(m *MM) bool { m.Areas[0].Policy = &MemPolicy{Nodes: make([]byte, 130)}; return true })},
 		{"utilization clamps", on(func(k *Task) bool { k.Threads[0].Sched.UtilMax = 1025; return true })},
 		{"seccomp mode 1 with 1 filters", on(func(k *Task) bool { k.Threads[0].SeccompMode = 1; return true })},
+		{"an inode of mode 0100", on(func(n *Inode) bool { n.Mode = 0o100; return true })},
+		{"an inode of mode 040755 and 5 bytes", on(func(n *Inode) bool { n.Size = 5; n.Mode = 0o40755; return n.Point == "" })},
+		{"and 9223372036854775808 bytes", on(func(n *Inode) bool { n.Size = 1 << 63; return len(n.Names) == 2 })},
+		{"number without a device", on(func(n *Inode) bool { n.Rdev = 5; return true })},
+		{"a target without link", on(func(n *Inode) bool { n.Target = "/"; return true })},
+		{"either names or a mount point", on(func(n *Inode) bool { n.Point = ""; return true })},
+		{`the mount point "etc"`, on(func(n *Inode) bool { n.Point = "etc"; return true })},
+		{"with 2 names", on(func(n *Inode) bool { n.Mode, n.Size = 0o40755, 0; return len(n.Names) == 2 })},
+		{"names no directory before it", on(func(n *Inode) bool { n.Names = []Name{{refTmpFile, "x"}}; return n.Point == "" })},
+		{"names no directory before it", on(func(n *Inode) bool { n.Names = []Name{{refPipe, "x"}}; return n.Point == "" })},
+		{`".." is no name`, on(func(n *Inode) bool { n.Names = []Name{{refTmpfs, ".."}}; return n.Point == "" })},
+		{`"a/b" is no name`, on(func(n *Inode) bool { n.Names = []Name{{refTmpfs, "a/b"}}; return n.Point == "" })},
+		{`"dir" stands twice`, on(func(n *Inode) bool {
+			if len(n.Names) == 2 {
+				n.Names = []Name{{refTmpfs, "dir"}, n.Names[1]}
+			}
+			return len(n.Names) == 2
+		})},
+		{`"b\xff" stands twice`, on(func(n *Inode) bool {
+			if len(n.Names) == 2 {
+				n.Names = []Name{n.Names[1], n.Names[1]}
+			}
+			return len(n.Names) == 2
+		})},
+		{"is no name in a directory", on(func(n *Inode) bool { n.Names = []Name{{refTmpfs, strings.Repeat("x", 256)}}; return n.Point == "" })},
+		{`attribute "user.note" is not valid`, on(func(n *Inode) bool { n.Xattrs = append(n.Xattrs, n.Xattrs...); return n.Xattrs != nil })},
 		{"comm", on(func(k *Task) bool { k.Threads[0].Comm = []byte("sixteen bytes ok"); return true })},
 	} {
 		t.Run(c.want, func(t *testing.T) {

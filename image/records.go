@@ -36,6 +36,7 @@ const (
 	TypeFS        Type = 303
 	TypePipe      Type = 304
 	TypePty       Type = 305
+	TypeInode     Type = 306
 	TypeMM        Type = 401
 	TypeShmem     Type = 402
 	TypePages     Type = 403
@@ -503,6 +504,35 @@ type Pty struct {
 	Mode       uint32    `cbor:"13,keyasint"`           // of the slave's node
 	UID        uint32    `cbor:"14,keyasint,omitempty"`
 	GID        uint32    `cbor:"15,keyasint,omitempty"`
+}
+
+// Inode is a file in one of the container's own file systems in memory
+// (tmpfs). Its bytes follow as TypeBytes records of the same reference in the
+// contents section, holes left out.
+type Inode struct {
+	Point  string  `cbor:"1,keyasint,omitempty"` // of a root: where the bundle mounts the file system
+	Names  []Name  `cbor:"2,keyasint,omitempty"` // of all others: where it stands, hard links included
+	Mode   uint32  `cbor:"3,keyasint"`           // st_mode
+	UID    uint32  `cbor:"4,keyasint,omitempty"` // as the container's user namespace numbers them
+	GID    uint32  `cbor:"5,keyasint,omitempty"`
+	Rdev   uint64  `cbor:"6,keyasint,omitempty"` // of a device node
+	Size   uint64  `cbor:"7,keyasint,omitempty"` // of a regular file
+	Target string  `cbor:"8,keyasint,omitempty"` // of a symbolic link
+	Atime  int64   `cbor:"9,keyasint"`           // nanoseconds
+	Mtime  int64   `cbor:"10,keyasint"`
+	Xattrs []Xattr `cbor:"11,keyasint,omitempty"`
+}
+
+// Name is an entry of a directory.
+type Name struct {
+	Dir  Ref    `cbor:"1,keyasint"` // the directory's inode
+	Name string `cbor:"2,keyasint"`
+}
+
+// Xattr is an extended attribute (xattr(7)).
+type Xattr struct {
+	Name  string `cbor:"1,keyasint"`
+	Value []byte `cbor:"2,keyasint,omitempty"`
 }
 
 // Epoll is an interest list.

@@ -36,6 +36,9 @@ const (
 	refMMInit
 	refMMChild
 	refSighandChild
+	refTmpfs
+	refTmpDir
+	refTmpFile
 )
 
 const areaHeap = 0x7f0000001000
@@ -132,6 +135,9 @@ func sampleObjects() []sampleRecord {
 		}}},
 		{TypeMM, MM{Exe: refExe, Areas: []Area{{Start: areaHeap, End: areaHeap + 0x4000, Kind: AreaAnon, Prot: 3}}}},
 		{TypeSighand, Sighand{}},
+		{TypeInode, Inode{Point: "/dev/shm", Mode: 0o41777}},
+		{TypeInode, Inode{Names: []Name{{refTmpfs, "dir"}}, Mode: 0o40755, UID: 33, Mtime: -5}},
+		{TypeInode, Inode{Names: []Name{{refTmpfs, "a"}, {refTmpDir, "b\xff"}}, Mode: 0o100644, Size: 9000, Xattrs: []Xattr{{"user.note", []byte{0, 1}}}}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},
@@ -150,6 +156,7 @@ func sampleContents() []Content {
 		{Type: TypePages, Ref: refShmem, Runs: []Run{{Addr: 0x1000, Count: 1}}, Raw: page('c', 1)},
 		{Type: TypeBytes, Ref: refPipe, Raw: []byte("hello")},
 		{Type: TypeBytes, Ref: refLog, Offset: 4000, Raw: page('d', 1)},
+		{Type: TypeBytes, Ref: refTmpFile, Offset: 8990, Raw: []byte("the end.\n")},
 	}
 }
 

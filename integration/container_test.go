@@ -81,6 +81,14 @@ func withRealtime() option {
 	}
 }
 
+// withTmpfs mounts a file system in memory.
+func withTmpfs(point string) option {
+	return func(c *container, spec *specs.Spec) {
+		c.must(os.MkdirAll(filepath.Join(c.rootfs(), point), 0o755))
+		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: point, Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=755"}})
+	}
+}
+
 func withVaryingThreads() option {
 	return func(c *container, _ *specs.Spec) { c.threadsVary = true }
 }

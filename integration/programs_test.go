@@ -43,6 +43,10 @@ var programs = []program{
 		withArgs("/bin/attributes"), withNewPrivileges(), withRealtime(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_NICE"),
 	}},
+	{name: "tmpfs", options: []option{
+		withArgs("/bin/tmpfs", "chown"), withTmpfs("/run"), withNewPrivileges(),
+		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
+	}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
@@ -66,6 +70,7 @@ var mapped = []program{
 	{name: "tree", options: []option{withUserNamespace(), withArgs("/bin/tree.sh")}},
 	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
 	{name: "creds", options: []option{
 		withUserNamespace(), withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),

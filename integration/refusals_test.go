@@ -158,6 +158,31 @@ func TestRefusedRestore(t *testing.T) {
 	})
 }
 
+// TestMemoryWithinBundle restores files in memory into bundles that have no
+// room for them.
+func TestMemoryWithinBundle(t *testing.T) {
+	c := newContainer(t, withReport("tmpfs"), withArgs("/bin/tmpfs"), withTmpfs("/run")).run()
+	c.progress(5)
+	c.checkpoint()
+	c.mustBeGone()
+	good := filepath.Join(c.image(), "checkpoint.img")
+	config := filepath.Join(c.bundle, "config.json")
+	spec, err := os.ReadFile(config)
+	c.must(err)
+	for name, change := range map[string][3]string{
+		"not mounted": {`"destination": "/run"`, `"destination": "/out"`, "the bundle mounts none there"},
+		"too small":   {`"size=65536k"`, `"size=512k"`, "/dev/shm"},
+	} {
+		c.step(t, name, func(t *testing.T) {
+			c.must(os.WriteFile(config, bytes.ReplaceAll(spec, []byte(change[0]), []byte(change[1])), 0o644))
+			c.tryRestoreFile(good, c.bundle).mustRefuse(t, change[2])
+		})
+	}
+	c.must(os.WriteFile(config, spec, 0o644))
+	c.restore()
+	c.progress(5)
+}
+
 // tryRestoreFile restores from a single file; unlike tryRestore it captures
 // standard error, for a container that must not come to be.
 func (c *container) tryRestoreFile(path, bundle string) result {

@@ -17,6 +17,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/task"
+	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -31,6 +32,7 @@ type census struct {
 	shared  *mm.Shared
 	sharing sharing
 	found   found
+	memory  []*tmpfs.Tree
 }
 
 // process is one live process of the container.
@@ -53,6 +55,23 @@ type process struct {
 	hand   *object.Object
 }
 
+// Close releases what the census holds open.
+func (n *census) Close() {
+	for _, t := range n.memory {
+		_ = t.Close()
+	}
+}
+
+// named finds a file of the container's memory file systems.
+func (n *census) named(dev, ino uint64) string {
+	for _, t := range n.memory {
+		if path := t.Named(dev, ino); path != "" {
+			return path
+		}
+	}
+	return ""
+}
+
 func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
 
 // zombie is a process that has ended and waits to be reaped.
@@ -64,11 +83,23 @@ type zombie struct {
 // takeCensus reads every process in pids. Processes that are gone by the time
 // they are looked at are left out where they may be (running is true).
 func (c *container) takeCensus(pids []int, running bool) (*census, error) {
-	shared := mm.NewShared()
-	n := &census{shared: shared, found: newFound(), files: file.NewSet(file.Env{
-		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: shared,
-		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts),
-	})}
+	n := &census{shared: mm.NewShared(), found: newFound()}
+	err := c.count(n, pids, running)
+	if err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+func (c *container) count(n *census, pids []int, running bool) (err error) {
+	if n.memory, err = c.scanTmpfs(); err != nil {
+		return err
+	}
+	n.files = file.NewSet(file.Env{
+		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared,
+		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named,
+	})
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
 	})
@@ -84,25 +115,25 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 			continue
 		}
 		if err != nil {
-			return nil, fail.In(nameOf(p, pid), err)
+			return fail.In(nameOf(p, pid), err)
 		}
 		if p != nil {
 			n.procs = append(n.procs, p)
 		}
 	}
 	if err := n.nested.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
-		return nil, err
+		return err
 	}
 	if err := n.findSharing(running); err != nil {
-		return nil, err
+		return err
 	}
 	if err := n.scanAll(running); err != nil {
-		return nil, err
+		return err
 	}
 	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
-		return nil, err
+		return err
 	}
-	return n, n.findTerminals()
+	return n.findTerminals()
 }
 
 // findTerminals tells the terminals whose they are.

@@ -153,6 +153,9 @@ func (k *checkpoint) close() {
 	if k.out != nil {
 		_ = k.out.Close()
 	}
+	if k.census != nil {
+		k.census.Close()
+	}
 	k.confine.close()
 	if k.learned != nil {
 		k.learned.close()
@@ -274,6 +277,7 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
+	defer n.Close()
 	for _, check := range []func() error{
 		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -292,6 +296,9 @@ func (k *checkpoint) look() error {
 		return err
 	}
 	var size int64
+	for _, t := range n.memory {
+		size += t.Used
+	}
 	for _, p := range n.procs {
 		if p.space.Pid != p.pid {
 			continue // counted where it was read
@@ -456,6 +463,9 @@ func (k *checkpoint) writeHead(context.Context) error {
 func (k *checkpoint) writeObjects() error {
 	n := k.census
 	var objects []*object.Object
+	for _, t := range n.memory {
+		objects = append(objects, t.Objects()...)
+	}
 	for _, s := range n.shared.Segments() {
 		if err := s.Details(); err != nil {
 			return fail.On("shared memory "+s.Record.Name, err)
@@ -495,6 +505,11 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 	err := k.savePages(save)
 	if e := save.Close(); err == nil {
 		err = e
+	}
+	for _, t := range k.census.memory {
+		if err == nil {
+			err = t.Save(k.w, func() error { return save.Progress(0) })
+		}
 	}
 	if err == nil {
 		err = k.census.files.Contents(k.w)

@@ -259,21 +259,29 @@ func readIDMaps(pid int) (m task.IDMaps, err error) {
 }
 
 // readMounts reads the init's mountinfo and refuses what the container mounted
-// by itself, and what lies in file systems that live only in memory.
+// by itself.
 func (c *container) readMounts(_ *libcontainer.State, config *configs.Config) error {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", c.initPid))
-	if err != nil {
-		return goneIs(c.initPid, err)
+	var err error
+	if c.record.Mounts, err = readMountinfo(c.initPid); err != nil {
+		return err
 	}
-	c.record.Mounts = nil
+	return checkMounts(c, config)
+}
+
+// readMountinfo reads the mounts that a process sees.
+func readMountinfo(pid int) (mounts []image.Mount, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return nil, goneIs(pid, err)
+	}
 	for line := range strings.Lines(string(b)) {
 		m, err := parseMount(strings.TrimSuffix(line, "\n"))
 		if err != nil {
-			return err
+			return nil, err
 		}
-		c.record.Mounts = append(c.record.Mounts, m)
+		mounts = append(mounts, m)
 	}
-	return checkMounts(c, config)
+	return mounts, nil
 }
 
 // parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):

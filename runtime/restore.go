@@ -25,6 +25,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
+	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -58,6 +59,7 @@ type restore struct {
 	cgroup  *cgroupfreeze.Cgroup
 	service *tracee.Service
 	maker   *file.Maker
+	memory  *tmpfs.Maker
 	stubs   map[int]*tracee.Stub // by pid inside the container
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
@@ -111,6 +113,9 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 func (r *restore) close() {
 	if r.maker != nil {
 		r.maker.Close()
+	}
+	if r.memory != nil {
+		r.memory.Close()
 	}
 	_ = r.filler.Close()
 	if r.service != nil {
@@ -205,6 +210,12 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
+	if err := r.maker.Start(); err != nil {
+		return err
+	}
+	if err := r.makeTmpfs(); err != nil {
+		return err
+	}
 	if err := r.maker.Make(); err != nil {
 		return err
 	}
@@ -479,6 +490,9 @@ func (r *restore) put(c *image.Content) error {
 	if err := fault.Point("restore.chunk"); err != nil {
 		return err
 	}
+	if r.memory.Has(c.Ref) {
+		return r.memory.Fill(c.Ref, c.Offset, c.Raw)
+	}
 	if c.Type == image.TypeBytes {
 		return r.maker.Fill(c.Ref, c.Raw)
 	}
@@ -495,6 +509,9 @@ func (r *restore) finish(ctx context.Context) error {
 		return err
 	}
 	if err := r.maker.Seal(); err != nil {
+		return err
+	}
+	if err := r.memory.Finish(); err != nil {
 		return err
 	}
 	if err := r.stopJobs(); err != nil {

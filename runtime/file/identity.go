@@ -2,6 +2,7 @@ package file
 
 import (
 	"encoding/binary"
+	"errors"
 	"iter"
 	"slices"
 
@@ -79,4 +80,28 @@ func (m *Maker) restoreSelf() error {
 	m.become(&b, m.self)
 	_, err := m.stub.Run(&b)
 	return err
+}
+
+// AsBundle runs the calls that fill adds with the rights of the bundle's own
+// process.
+func (m *Maker) AsBundle(fill func(b *tracee.Batch)) (*tracee.Batch, error) {
+	b := &tracee.Batch{}
+	m.become(b, m.bundle)
+	fill(b)
+	m.become(b, m.self)
+	_, err := m.stub.Run(b)
+	if err != nil {
+		if e := m.restoreSelf(); e != nil {
+			err = errors.Join(err, e)
+		}
+	}
+	return b, err
+}
+
+// AsItself runs them with all rights of a stub.
+func (m *Maker) AsItself(fill func(b *tracee.Batch)) (*tracee.Batch, error) {
+	b := &tracee.Batch{}
+	fill(b)
+	_, err := m.stub.Run(b)
+	return b, err
 }

@@ -69,7 +69,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
-	for _, ref := range sortedRefs(head) {
+	for _, ref := range Refs(head) {
 		switch o := head.Objects[ref].(type) {
 		case *image.Files:
 			for _, d := range o.Descriptors {
@@ -86,7 +86,8 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 	return m
 }
 
-func sortedRefs(head *image.Head) []image.Ref {
+// Refs lists the objects of an image in the order of the stream.
+func Refs(head *image.Head) []image.Ref {
 	refs := make([]image.Ref, 0, len(head.Objects))
 	for ref := range head.Objects {
 		refs = append(refs, ref)
@@ -126,15 +127,16 @@ func (m *Maker) FD(ref image.Ref) (int, error) {
 	return fd, nil
 }
 
-// Make opens everything.
-func (m *Maker) Make() error {
-	var err error
+// Start makes the stub ready to open files.
+func (m *Maker) Start() (err error) {
 	if m.self, err = stubIdentity(m.stub); err != nil {
 		return err
 	}
-	if err := m.clearLow(); err != nil {
-		return err
-	}
+	return m.clearLow()
+}
+
+// Make opens everything.
+func (m *Maker) Make() error {
 	if err := m.buffers(); err != nil {
 		return err
 	}
@@ -142,7 +144,7 @@ func (m *Maker) Make() error {
 		return err
 	}
 	var files []image.Ref
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 {
 			files = append(files, ref)
 		}
@@ -165,7 +167,7 @@ func (m *Maker) clearLow() error {
 	if err := unix.Prlimit(m.stub.Pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
 		return fmt.Errorf("descriptor limit: %w", err)
 	}
-	if need := uint64(m.base + len(m.head.Objects) + 16); need > limit.Max {
+	if need := uint64(m.base + m.opens() + spareNumbers); need > limit.Max {
 		return &fail.Error{Cause: fmt.Errorf("restoring takes %d descriptors and the hard limit is %d", need, limit.Max), Remedy: "raise it (ulimit -Hn)"}
 	}
 	low := []int{0, 1, 2, SocketFD}
@@ -209,6 +211,42 @@ func (m *Maker) KeepProc() (proc, lastPid int, err error) {
 	return up[0], up[1], nil
 }
 
+// opens is how many numbers the image's objects take in the table.
+func (m *Maker) opens() (n int) {
+	for _, o := range m.head.Objects {
+		switch o := o.(type) {
+		case *image.File, *image.Shmem:
+			n++
+		case *image.Pipe, *image.Pty:
+			n += 2
+		case *image.Inode:
+			if o.Point != "" {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// OpenRoot opens a directory of the container that other rooms work in, in the
+// table and in this process.
+func (m *Maker) OpenRoot(path string) (int, *os.File, error) {
+	var b tracee.Batch
+	how := binary.LittleEndian.AppendUint64(nil, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC) // struct open_how
+	how = binary.LittleEndian.AppendUint64(how, 0)
+	how = binary.LittleEndian.AppendUint64(how, unix.RESOLVE_NO_SYMLINKS|unix.RESOLVE_NO_MAGICLINKS)
+	b.Add(unix.SYS_OPENAT2, tracee.W(unix.AT_FDCWD), b.String(path), b.Put(how), tracee.W(len(how)))
+	if _, err := m.stub.Run(&b); err != nil {
+		return 0, nil, err
+	}
+	up, err := m.moveUp([]int{int(b.Calls[0].Ret)})
+	if err != nil {
+		return 0, nil, err
+	}
+	f, err := m.stub.Take(up[0])
+	return up[0], f, err
+}
+
 // moveUp moves descriptors into the table and returns their new numbers.
 func (m *Maker) moveUp(low []int) ([]int, error) {
 	var b tracee.Batch
@@ -231,7 +269,7 @@ func (m *Maker) moveUp(low []int) ([]int, error) {
 // buffers makes what lies behind files: pipes, fifos held open at both ends,
 // shared memory.
 func (m *Maker) buffers() error {
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		var err error
 		var object string
 		switch o := m.head.Objects[ref].(type) {
@@ -346,7 +384,7 @@ func (m *Maker) onTmpfs(fd int) error {
 // to make them writable: it comes from how the file is open, and only without
 // it can a memfd be sealed while it is mapped (F_ADD_SEALS of fcntl(2)).
 func (m *Maker) openReadonly() error {
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		space, ok := m.head.Objects[ref].(*image.MM)
 		if !ok {
 			continue
@@ -588,7 +626,7 @@ func (m *Maker) numbers() []int {
 // has rounded up, and memfds their seals (fcntl(2)).
 func (m *Maker) Seal() error {
 	var b tracee.Batch
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		rec, ok := m.head.Objects[ref].(*image.Shmem)
 		if ok && rec.Size%mm.PageSize != 0 {
 			b.Add(unix.SYS_FTRUNCATE, tracee.W(m.segments[ref]), tracee.W(rec.Size))

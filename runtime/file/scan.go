@@ -149,6 +149,9 @@ type Env struct {
 	Shared *mm.Shared
 	// Console is the container's terminal as ConsoleRoot tells it.
 	Console string
+	// Named finds a file of the container's own memory file systems by device
+	// and inode, "" if there is none.
+	Named func(dev, ino uint64) string
 }
 
 type mappedKey struct {
@@ -240,6 +243,7 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Flags = d.seen.flags &^ unix.O_CLOEXEC
 	d.Record.Pos = d.seen.pos
 	d.Record.Opener = int32(d.seen.proc.Inner)
+	d.seen.link = s.name(d.seen.link, &d.seen.stat)
 	if d.seen.field("lock") != "" {
 		return fail.Refuse("", "a lock is held on it; file locks are not supported yet", "release it before the checkpoint")
 	}
@@ -395,6 +399,7 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	if err := unix.Stat(link, &st); err != nil {
 		return nil, gone(pid, err)
 	}
+	path = s.name(path, &st)
 	key := mappedKey{st.Dev, st.Ino, path, write}
 	if o := s.mapped[key]; o != nil {
 		return o, nil
@@ -431,6 +436,24 @@ func (s *Set) Removed(path, link string) bool {
 	}
 	dir, err := s.lstat(filepath.Dir(path))
 	return err == nil && dir.Dev == st.Dev
+}
+
+// Elsewhere reports whether link leads to a file that was removed under the name
+// it was opened by, and has another (mm.Files).
+func (s *Set) Elsewhere(link string) bool {
+	var st unix.Stat_t
+	return unix.Stat(link, &st) == nil && s.name(deletedSuffix, &st) != deletedSuffix
+}
+
+// name is a name that the file opened as path still has. C libraries make a
+// semaphore under a passing name and link(2) it to its own when it is ready.
+func (s *Set) name(path string, st *unix.Stat_t) string {
+	if strings.HasSuffix(path, deletedSuffix) && st.Nlink > 0 && s.Named != nil {
+		if now := s.Named(st.Dev, st.Ino); now != "" {
+			return now
+		}
+	}
+	return path
 }
 
 // FS reads where a process stands in the file system.

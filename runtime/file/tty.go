@@ -241,7 +241,7 @@ func (p *madePty) side() int {
 // gives the lowest that is free, so all below are taken for a moment.
 func (m *Maker) makePtys() error {
 	last, open := -1, map[image.Ref]bool{}
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		switch o := m.head.Objects[ref].(type) {
 		case *image.Pty:
 			m.ptys[ref] = &madePty{ref: ref, record: o}
@@ -282,7 +282,7 @@ func (m *Maker) makePtys() error {
 // inOrder lists the terminals in the order of their references.
 func (m *Maker) inOrder() []*madePty {
 	var all []*madePty
-	for _, ref := range sortedRefs(m.head) {
+	for _, ref := range Refs(m.head) {
 		if p := m.ptys[ref]; p != nil {
 			all = append(all, p)
 		}

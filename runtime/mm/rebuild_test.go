@@ -241,6 +241,7 @@ func (p *program) FD(file image.Ref) (int, error) {
 }
 
 func (p *program) Removed(string, string) bool { return false }
+func (p *program) Elsewhere(string) bool       { return false }
 
 func (p *program) SegmentFD(image.Ref, bool) (int, bool) { return 0, false }
 

@@ -14,6 +14,12 @@ import (
 // An empty map is the identity: no user namespace of its own.
 type IDMaps struct{ UID, GID []image.IDMap }
 
+// User is a host uid as the container numbers it.
+func (m IDMaps) User(host uint32) uint32 { return toContainer(m.UID, host) }
+
+// Group is a host gid likewise.
+func (m IDMaps) Group(host uint32) uint32 { return toContainer(m.GID, host) }
+
 const overflowID = 65534 // what the kernel shows for an unmapped id
 
 func toContainer(m []image.IDMap, host uint32) uint32 {
