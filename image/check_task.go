@@ -108,6 +108,46 @@ func checkPending(queue [][]byte) error {
 	return nil
 }
 
+// maxLate bounds the signals in a trailer.
+const maxLate = 128
+
+// addLate checks late signals and queues them behind their task's others.
+func (b *builder) addLate(all []Late) error {
+	n := 0
+	for _, l := range all {
+		n += len(l.Pending)
+		queue := b.queueOf(l.Pid, l.Tid)
+		if queue == nil {
+			return fmt.Errorf("signals for thread %d of process %d, which is not there", l.Tid, l.Pid)
+		}
+		if err := checkPending(l.Pending); err != nil {
+			return err
+		}
+		if n > maxLate {
+			return fmt.Errorf("more than %d signals came late", maxLate)
+		}
+		*queue = append(*queue, l.Pending...)
+	}
+	return nil
+}
+
+// queueOf finds the queue of a process, or of one of its threads.
+func (b *builder) queueOf(pid, tid int32) *[][]byte {
+	t := b.tasks[pid]
+	switch {
+	case t == nil:
+		return nil
+	case tid == 0:
+		return &t.Pending
+	}
+	for i := range t.Threads {
+		if t.Threads[i].Tid == tid {
+			return &t.Threads[i].Pending
+		}
+	}
+	return nil
+}
+
 // checkTimers checks that each timer is one the kernel could have had; timer
 // ids are unique in a process because timer_create(2) handed them out.
 func checkTimers(t *Task) error {

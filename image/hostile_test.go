@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -188,6 +189,30 @@ func TestOrder(t *testing.T) {
 			tr.Digest[0]++
 			f.any(t, TypeTrailer, 0, tr)
 		}, "digest is not what the trailer says"},
+		"late for nobody": {func(f *forge) {
+			f.full(t)
+			tr := f.tally.trailer()
+			tr.Late = []Late{{Pid: 99, Pending: [][]byte{make([]byte, siginfoSize)}}}
+			f.any(t, TypeTrailer, 0, tr)
+		}, "process 99, which is not there"},
+		"late for no thread": {func(f *forge) {
+			f.full(t)
+			tr := f.tally.trailer()
+			tr.Late = []Late{{Pid: 1, Tid: 99}}
+			f.any(t, TypeTrailer, 0, tr)
+		}, "thread 99 of process 1, which is not there"},
+		"late and many": {func(f *forge) {
+			f.full(t)
+			tr := f.tally.trailer()
+			tr.Late = []Late{{Pid: 1, Pending: slices.Repeat([][]byte{make([]byte, siginfoSize)}, maxLate+1)}}
+			f.any(t, TypeTrailer, 0, tr)
+		}, "more than 128 signals came late"},
+		"late and short": {func(f *forge) {
+			f.full(t)
+			tr := f.tally.trailer()
+			tr.Late = []Late{{Pid: 1, Pending: [][]byte{{1}}}}
+			f.any(t, TypeTrailer, 0, tr)
+		}, "siginfo_t of 1 bytes"},
 		"no trailer": {func(f *forge) { f.contents(t) }, "without a trailer"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -211,6 +236,13 @@ func (f *forge) contents(t testing.TB) {
 	c := sampleContents()[0]
 	f.tally.pages += 2
 	check(t, f.bulk(TypePages, c.Ref, Pages{c.Runs}, c.Raw))
+}
+
+// full writes everything but the trailer.
+func (f *forge) full(t testing.TB) {
+	t.Helper()
+	f.contents(t)
+	check(t, f.bulk(TypeBytes, refPipe, Bytes{}, []byte("hello")))
 }
 
 // TestBadObjects damages one record of the sample's head at a time.

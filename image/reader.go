@@ -237,7 +237,11 @@ func (r *Reader) trailer(t *Trailer) error {
 	if what := r.tally.trailer().differs(t); what != "" {
 		return r.broken("the stream's %s is not what the trailer says", what)
 	}
-	if err := r.state.finish(); err != nil {
+	err := r.state.finish()
+	if err == nil {
+		err = r.state.addLate(t.Late)
+	}
+	if err != nil {
 		return r.refuse(err)
 	}
 	return nil

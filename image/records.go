@@ -673,6 +673,15 @@ type Trailer struct {
 	Counts  map[Type]uint64 `cbor:"4,keyasint"` // records by type
 	Pages   uint64          `cbor:"5,keyasint"` // pages stored raw
 	Digest  []byte          `cbor:"6,keyasint"` // SHA-256 over every earlier record's pre-header and CRC
+	Late    []Late          `cbor:"7,keyasint,omitempty"`
+}
+
+// Late are signals that somebody sent while the stream was written, after the
+// record of their task: a reader finds them at the end of its queues.
+type Late struct {
+	Pid     int32    `cbor:"1,keyasint"`
+	Tid     int32    `cbor:"2,keyasint,omitempty"` // zero: for the process
+	Pending [][]byte `cbor:"3,keyasint"`           // siginfo_t of 128 bytes each, in order
 }
 
 // Error is the last record of a stream whose checkpoint failed.

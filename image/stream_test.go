@@ -306,3 +306,29 @@ func TestMemoryFlat(t *testing.T) {
 		t.Errorf("%d bytes were allocated for %d of pages", used, r.Pages*PageSize)
 	}
 }
+
+// Late signals stand in the trailer and are found behind those of their task.
+func TestLateSignals(t *testing.T) {
+	info := func(sig byte) []byte { return append([]byte{sig}, make([]byte, siginfoSize-1)...) }
+	var out bytes.Buffer
+	w := NewWriter(&out)
+	writeHead(t, w)
+	for _, c := range sampleContents() {
+		check(t, writeContent(w, c))
+	}
+	w.Late([]Late{{Pid: 1, Pending: [][]byte{info(10)}}, {Pid: 1, Tid: 1, Pending: [][]byte{info(12), info(34)}}})
+	check(t, w.Close())
+	h, _ := readAll(t, &out)
+	for _, task := range h.Tasks {
+		if task.Pid != 1 {
+			continue
+		}
+		shared, own := task.Pending, task.Threads[0].Pending
+		if n := len(shared); n == 0 || shared[n-1][0] != 10 {
+			t.Errorf("the process has %v", shared)
+		}
+		if n := len(own); n < 2 || own[n-2][0] != 12 || own[n-1][0] != 34 {
+			t.Errorf("the thread has %v", own)
+		}
+	}
+}

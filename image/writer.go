@@ -27,6 +27,7 @@ type Writer struct {
 	refs   Ref
 	tally  tally
 	state  *builder
+	late   []Late
 	err    error
 }
 
@@ -143,6 +144,10 @@ func (w *Writer) bulk(t Type, ref Ref, header any, raw []byte, sum uint32) error
 	return w.end()
 }
 
+// Late notes signals that came too late for the records of their tasks, for the
+// trailer.
+func (w *Writer) Late(l []Late) { w.late = append(w.late, l...) }
+
 // Close writes the trailer and flushes. It is an error to close a stream whose
 // contents are incomplete.
 func (w *Writer) Close() error {
@@ -155,7 +160,12 @@ func (w *Writer) Close() error {
 	if err := w.state.finish(); err != nil {
 		return w.refuse(TypeTrailer, err)
 	}
-	return w.last(TypeTrailer, w.tally.trailer())
+	if err := w.state.addLate(w.late); err != nil {
+		return w.refuse(TypeTrailer, err)
+	}
+	trailer := w.tally.trailer()
+	trailer.Late = w.late
+	return w.last(TypeTrailer, trailer)
 }
 
 // Fail writes the error record as the last of the stream and flushes. It may

@@ -32,7 +32,7 @@ var programs = []program{
 	{name: "shared", options: []option{withArgs("/bin/shared")}},
 	{name: "shared-threads", options: []option{withArgs("/bin/shared", "threads")}},
 	{name: "locks", options: []option{withArgs("/bin/locks"), withVaryingThreads()}},
-	{name: "signals", options: []option{withArgs("/bin/signals")}},
+	{name: "signals", options: []option{withArgs("/bin/signals", "handlers", "pending", "itimers", "posix", "standers")}},
 	{name: "terminal", options: []option{withArgs("/bin/terminal")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "creds", options: []option{

@@ -1,9 +1,14 @@
 package integration
 
 import (
+	"bytes"
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestTimeLeft checkpoints programs in the middle of calls that last seconds, so
@@ -70,4 +75,52 @@ func TestTimers(t *testing.T) {
 			k.progress(60)
 		})
 	}
+}
+
+// TestSignalsWhileStopped sends signals to a container that is stopped for its
+// checkpoint, after its state was collected: each is delivered once, whether the
+// container goes on or is restored.
+func TestSignalsWhileStopped(t *testing.T) {
+	const queued = unix.Signal(64 - 7)
+	c := newContainer(t, withReport("signals"), withArgs("/bin/signals", "counts")).run()
+	c.progress(5)
+	want := [2]int{}
+	for _, flags := range [][]string{{"--leave-running"}, nil, nil} {
+		t.Setenv(envFault, "write the contents:stop")
+		cmd := c.foreground(append(append([]string{"checkpoint", "--image-path", c.newImage()}, flags...), c.id)...)
+		t.Setenv(envFault, "")
+		if !waitFor(func() bool { return processState(cmd.Process.Pid) == 'T' }) {
+			t.Fatal("the checkpoint does not come to its contents")
+		}
+		pid := c.state().Pid
+		for _, sig := range []unix.Signal{unix.SIGUSR2, queued, unix.SIGUSR2, queued} { // a plain one is not queued twice
+			c.must(unix.Kill(pid, sig))
+		}
+		want[0]++
+		want[1] += 2
+		c.must(cmd.Process.Signal(unix.SIGCONT))
+		if err := cmd.Wait(); err != nil {
+			t.Fatalf("checkpoint: %v\n%s", err, c.stderr())
+		}
+		if flags == nil {
+			c.mustBeGone()
+			c.restore()
+		}
+		c.progress(10)
+		data, err := os.ReadFile(c.out("counts"))
+		c.must(err)
+		var got [2]int
+		if _, err := fmt.Sscan(string(data), &got[0], &got[1]); err != nil || got != want {
+			t.Errorf("after a checkpoint with %v: %v signals came (%v), want %v", flags, got, err, want)
+		}
+	}
+}
+
+func processState(pid int) byte {
+	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, ok := bytes.Cut(data, []byte(") "))
+	if !ok {
+		return 0
+	}
+	return rest[0]
 }

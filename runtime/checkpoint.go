@@ -514,10 +514,27 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 	if err == nil {
 		err = k.census.files.Contents(k.w)
 	}
+	if err == nil && !k.LeaveRunning {
+		err = k.lateSignals()
+	}
 	if err != nil {
 		return err
 	}
 	return k.w.Close()
+}
+
+// lateSignals adds the signals that came while the image was written: their
+// sender has been told that they were sent, and the process they were sent to
+// goes on from the image only.
+func (k *checkpoint) lateSignals() error {
+	for _, p := range k.census.procs {
+		late, err := p.state.LateSignals(p.threads)
+		if err != nil {
+			return fail.In(p.name(), err)
+		}
+		k.w.Late(late)
+	}
+	return nil
 }
 
 func (k *checkpoint) savePages(save *mm.Saver) error {

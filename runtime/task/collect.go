@@ -64,6 +64,7 @@ type State struct {
 
 	hasLDT  func() bool
 	hasJobs func() bool
+	queued  []int // signals that waited for each thread, and for the process
 	asked   int64 // CLOCK_MONOTONIC when the process had told what time its timers had left
 }
 
@@ -88,7 +89,7 @@ func (s *Source) Collect() (*State, error) {
 	if err := s.askAlso(); err != nil {
 		return nil, err
 	}
-	if err := s.readPending(st.Task); err != nil {
+	if err := s.readPending(st); err != nil {
 		return nil, err
 	}
 	read := monotonicNow()

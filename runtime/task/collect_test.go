@@ -199,7 +199,7 @@ func compareOwn(t *testing.T, s *tracee.Stub, want *State) {
 	for _, f := range done {
 		f()
 	}
-	check(t, src.readPending(got.Task))
+	check(t, src.readPending(got))
 	want.Task.Threads = want.Task.Threads[:1]
 	want.Sighand.Actions = slices.DeleteFunc(want.Sighand.Actions, func(a image.SigAction) bool { return a.Signal == int32(unix.SIGTRAP) })
 	near := cmp.Comparer(func(a, b int64) bool { return max(a, b)-min(a, b) < 20*second })

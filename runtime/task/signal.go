@@ -166,17 +166,51 @@ func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, e
 // threads, in order. One that came when the queue was full (RLIMIT_SIGPENDING)
 // has no siginfo: it is pending all the same, and gets what the kernel would
 // deliver then, SI_USER from nobody (kernel/signal.c, collect_signal).
-func (s *Source) readPending(t *image.Task) error {
+func (s *Source) readPending(st *State) error {
+	t := st.Task
+	st.queued = make([]int, len(s.Threads)+1)
 	for i, th := range s.Threads {
-		queue, err := th.PendingSignals(false)
+		queue, err := th.PendingSignals(false, 0)
 		if err != nil {
 			return err
 		}
+		st.queued[i] = len(queue)
 		t.Threads[i].Pending = complete(queue, s.Status[i].SigPnd)
 	}
-	queue, err := s.Threads[0].PendingSignals(true)
+	queue, err := s.Threads[0].PendingSignals(true, 0)
+	st.queued[len(s.Threads)] = len(queue)
 	t.Pending = complete(queue, s.Status[0].ShdPnd)
 	return err
+}
+
+// LateSignals reads what somebody has sent to a stopped process since its state
+// was collected. Signals of its own timers are not among it: the timers have the
+// time that was left then.
+func (st *State) LateSignals(threads []*tracee.Thread) (all []image.Late, err error) {
+	for i, seen := range st.queued {
+		l := image.Late{Pid: st.Task.Pid}
+		th, shared := threads[0], i == len(threads)
+		if !shared {
+			th, l.Tid = threads[i], st.Task.Threads[i].Tid
+		}
+		queue, err := th.PendingSignals(shared, seen)
+		if err != nil {
+			return nil, err
+		}
+		for _, info := range queue {
+			if _, timer := ofTimer(info, st.Task.Timers); timer || ofAlarm(info) {
+				continue
+			}
+			if err := queueable(1 << (binary.LittleEndian.Uint32(info) - 1)); err != nil {
+				return nil, err
+			}
+			l.Pending = append(l.Pending, info)
+		}
+		if len(l.Pending) > 0 {
+			all = append(all, l)
+		}
+	}
+	return all, nil
 }
 
 func complete(queue [][]byte, pending uint64) [][]byte {

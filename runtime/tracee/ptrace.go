@@ -307,15 +307,15 @@ func (t *Thread) SetRegSet(nt uintptr, b []byte) error {
 // SigInfoSize is the size of a siginfo_t.
 const SigInfoSize = 128
 
-// PendingSignals reads the queued signals with their siginfo, in order: the
-// queue of the thread group if shared, else the thread's own.
-func (t *Thread) PendingSignals(shared bool) ([][]byte, error) {
+// PendingSignals reads the queued signals with their siginfo, in order, but for
+// the first skip: the queue of the thread group if shared, else the thread's own.
+func (t *Thread) PendingSignals(shared bool, skip int) ([][]byte, error) {
 	const batch = 32
 	args := struct {
 		off   uint64
 		flags uint32
 		nr    int32
-	}{nr: batch}
+	}{off: uint64(skip), nr: batch}
 	if shared {
 		args.flags = 1 // PTRACE_PEEKSIGINFO_SHARED
 	}

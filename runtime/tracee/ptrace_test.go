@@ -90,9 +90,9 @@ func TestPendingSignals(t *testing.T) {
 		}
 	}
 	must(t, unix.Tgkill(s.Pid, s.Tid, unix.SIGUSR1))
-	shared, err := s.PendingSignals(true)
+	shared, err := s.PendingSignals(true, 0)
 	must(t, err)
-	own, err := s.PendingSignals(false)
+	own, err := s.PendingSignals(false, 0)
 	must(t, err)
 	if len(shared) != many || len(own) != 1 || own[0][0] != byte(unix.SIGUSR1) {
 		t.Fatalf("%d and %d signals", len(shared), len(own))

@@ -1,7 +1,8 @@
 /*
- * signals [handlers] [pending] [itimers] [posix] - what belongs to signals and
- * timers: an action with its flags and mask for every signal, queued real-time
- * signals with their values and order, interval timers, POSIX timers.
+ * signals [PART...] - what belongs to signals and timers: an action with its
+ * flags and mask for every signal, queued real-time signals with their values
+ * and order, interval timers, POSIX timers, threads that stand on their
+ * alternate stack. "counts" writes how many of two signals came to /out/counts.
  */
 #include "hold.h"
 
@@ -309,6 +310,105 @@ static void check_posix(void)
 	}
 }
 
+/* --- on the alternate stack, with and without SS_AUTODISARM --- */
+
+#ifndef SS_AUTODISARM
+#define SS_AUTODISARM (1U << 31)
+#endif
+#define STAY (SIGRTMAX - 6) /* its handler stays for a while */
+
+static struct stander {
+	int flags;
+	char stack[65536];
+	struct worker worker;
+} standers[] = { { .flags = 0 }, { .flags = (int)SS_AUTODISARM } };
+static __thread struct stander *stander;
+
+/* On its stack a thread is told so, or with SS_AUTODISARM that it has none. */
+static void on_stay(int sig, siginfo_t *info, void *context)
+{
+	char *here = __builtin_frame_address(0);
+	ucontext_t *uc = context;
+	stack_t now;
+
+	(void)sig;
+	(void)info;
+	for (int i = 0; i < 10; i++) {
+		need(here > stander->stack &&
+		     here < stander->stack + sizeof(stander->stack));
+		need(!sigaltstack(NULL, &now));
+		need(now.ss_flags == (stander->flags ? SS_DISABLE : SS_ONSTACK));
+		doze(20 * MS);
+	}
+	need(uc->uc_stack.ss_sp == stander->stack);
+	need(uc->uc_stack.ss_size == sizeof(stander->stack));
+}
+
+static void *stand(void *arg)
+{
+	stack_t stack = { .ss_size = sizeof(stander->stack) }, now;
+
+	stander = arg;
+	stack.ss_sp = stander->stack;
+	stack.ss_flags = stander->flags;
+	need(!sigaltstack(&stack, NULL));
+	for (;;) {
+		need(!raise(STAY));
+		need(!sigaltstack(NULL, &now));
+		need(now.ss_sp == stander->stack);
+		need(now.ss_size == sizeof(stander->stack));
+		need(now.ss_flags == stander->flags);
+		stander->worker.done++;
+	}
+	return NULL;
+}
+
+static void make_standers(void)
+{
+	struct sigaction sa = { .sa_sigaction = on_stay,
+				.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART };
+	pthread_t t;
+
+	sigaction(STAY, &sa, NULL);
+	for (size_t i = 0; i < COUNT(standers); i++) {
+		standers[i].worker.name = "stander";
+		need(!pthread_create(&t, NULL, stand, &standers[i]));
+	}
+}
+
+static void check_standers(void)
+{
+	for (size_t i = 0; i < COUNT(standers); i++)
+		watch(&standers[i].worker, 1);
+}
+
+/* --- signals from outside, counted --- */
+
+static volatile int plain, queued;
+static int counts_fd = -1;
+
+static void on_plain(int sig) { (void)sig; plain++; }
+static void on_queued(int sig) { (void)sig; queued++; }
+
+static void make_counts(void)
+{
+	struct sigaction sa = { .sa_handler = on_plain, .sa_flags = SA_RESTART };
+
+	sigaction(SIGUSR2, &sa, NULL);
+	sa.sa_handler = on_queued;
+	sigaction(SIGRTMAX - 7, &sa, NULL);
+	counts_fd = open("/out/counts", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+	need(counts_fd >= 0);
+}
+
+static void check_counts(void)
+{
+	char line[64];
+	int n = snprintf(line, sizeof(line), "%8d %8d\n", plain, queued);
+
+	need(pwrite(counts_fd, line, n, 0) == n);
+}
+
 static const struct {
 	const char *name;
 	void (*make)(void), (*check)(void);
@@ -317,6 +417,8 @@ static const struct {
 	{ "pending", make_pending, check_pending },
 	{ "itimers", make_itimers, check_itimers },
 	{ "posix", make_posix, check_posix },
+	{ "standers", make_standers, check_standers },
+	{ "counts", make_counts, check_counts },
 };
 
 int main(int argc, char **argv)
