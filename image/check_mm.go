@@ -22,6 +22,11 @@ func (b *builder) checkMM(m *MM) error {
 	if err := need[File](b, m.Exe, "open file"); err != nil {
 		return fmt.Errorf("its executable: %w", err)
 	}
+	if m.Donor != 0 {
+		if err := need[MM](b, m.Donor, "address space"); err != nil {
+			return fmt.Errorf("its donor: %w", err)
+		}
+	}
 	switch m.LockFuture {
 	case 0, lockFuture, lockFuture | lockOnFault:
 	default:
@@ -141,6 +146,13 @@ func (b *builder) pages(ref Ref, runs []Run, raw uint64) error {
 		return fmt.Errorf("%d runs, there may be 1 to %d", len(runs), MaxRuns)
 	}
 	var prev, stored uint64
+	mm, donor := b.borrower(ref)
+	if mm != nil && b.lent[ref] {
+		return fmt.Errorf("pages of address space #%d stand behind those of another that borrows of them", ref)
+	}
+	if donor != nil {
+		prev = b.progress[ref]
+	}
 	for _, r := range runs {
 		end, ok := r.end()
 		if !ok || r.Addr < prev {
@@ -149,8 +161,11 @@ func (b *builder) pages(ref Ref, runs []Run, raw uint64) error {
 		if err := b.inside(ref, r.Addr, end); err != nil {
 			return err
 		}
-		if r.Guard && (r.Zero || object[MM](&b.Head, ref) == nil) {
+		switch {
+		case r.Guard && (r.Zero || mm == nil):
 			return fmt.Errorf("run of %d guard pages at %#x outside an address space, or of zeros", r.Count, r.Addr)
+		case r.Borrowed && (r.Zero || r.Guard || donor == nil || !donor.covers(r.Addr, end)):
+			return fmt.Errorf("run of %d borrowed pages at %#x that no donor has", r.Count, r.Addr)
 		}
 		if r.Stored() {
 			stored += end - r.Addr
@@ -160,7 +175,18 @@ func (b *builder) pages(ref Ref, runs []Run, raw uint64) error {
 	if stored != raw {
 		return fmt.Errorf("its runs need %d raw bytes, it has %d", stored, raw)
 	}
+	if donor != nil {
+		b.progress[ref], b.lent[mm.Donor] = prev, true
+	}
 	return nil
+}
+
+// borrower returns the address space ref and its donor, nil where it has none.
+func (b *builder) borrower(ref Ref) (mm, donor *MM) {
+	if mm = object[MM](&b.Head, ref); mm != nil {
+		donor = object[MM](&b.Head, mm.Donor)
+	}
+	return mm, donor
 }
 
 // inside checks that pages from start to end belong to the object ref.

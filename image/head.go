@@ -75,9 +75,10 @@ type builder struct {
 	last     Ref            // highest reference defined so far
 	metadata uint64         // payload bytes of sections 1 to 5
 	spaceOf  map[Ref]Ref    // the address space of those who have these signal actions
-	progress map[Ref]uint64 // where the next TypeBytes of an object may begin
+	progress map[Ref]uint64 // where the next TypeBytes of an object may begin, or pages of one with a donor
 	places   map[Ref]place  // of inodes
 	names    map[Name]bool  // taken
+	lent     map[Ref]bool   // address spaces of which others have borrowed
 }
 
 func newBuilder() *builder {
@@ -87,6 +88,7 @@ func newBuilder() *builder {
 		progress: map[Ref]uint64{},
 		places:   map[Ref]place{},
 		names:    map[Name]bool{},
+		lent:     map[Ref]bool{},
 	}
 }
 

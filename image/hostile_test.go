@@ -295,6 +295,7 @@ func TestBadObjects(t *testing.T) {
 		{"hung up and in use", on(func(p *Pty) bool { p.HungUp, p.Termios = true, nil; return true })},
 		{"session -1", on(func(p *Pty) bool { p.Session = -1; return true })},
 		{"mode 01777", on(func(p *Pty) bool { p.Mode = 0o1777; return true })},
+		{"its donor", on(func(m *MM) bool { m.Donor = refShmem; return true })},
 		{"its executable", on(func(m *MM) bool { m.Exe = refShmem; return true })},
 		{"not aligned", on(func(m *MM) bool { m.Areas[0].Start++; return true })},
 		{"it is empty", on(func(m *MM) bool { m.Areas[0].End = m.Areas[0].Start; return true })},
@@ -490,7 +491,7 @@ func TestBadContents(t *testing.T) {
 		"names no pipe or file":  func(f *forge) error { return f.bulk(TypeBytes, refMMInit, Bytes{}, page(1, 1)) },
 		"reference 99":           func(f *forge) error { return f.bulk(TypeBytes, 99, Bytes{}, page(1, 1)) },
 		"outside the areas": func(f *forge) error {
-			return f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap + 0x3000, Count: 2, Zero: true}}}, nil)
+			return f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap + 0x3000, Count: 3, Zero: true}}}, nil)
 		},
 		"outside shared memory": func(f *forge) error {
 			return f.bulk(TypePages, refShmem, Pages{[]Run{{Addr: 0x1000, Count: 2, Zero: true}}}, nil)
@@ -500,6 +501,21 @@ func TestBadContents(t *testing.T) {
 		},
 		"outside an address space, or of zeros": func(f *forge) error {
 			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap, Count: 1, Guard: true, Zero: true}}}, nil)
+		},
+		"borrowed pages at 0x7f0000002000 that no donor has": func(f *forge) error {
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap + 0x1000, Count: 1, Borrowed: true}}}, nil)
+		},
+		"behind those of another that borrows": func(f *forge) error {
+			if err := f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap, Count: 1, Borrowed: true}}}, nil); err != nil {
+				return err
+			}
+			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap, Count: 1, Zero: true}}}, nil)
+		},
+		"run of 2 pages at 0x7f0000001000 is not aligned, empty or out of order": func(f *forge) error {
+			if err := f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap + 0x1000, Count: 1, Borrowed: true}}}, nil); err != nil {
+				return err
+			}
+			return f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap, Count: 2, Borrowed: true}}}, nil)
 		},
 		"is not aligned": func(f *forge) error {
 			return f.bulk(TypePages, refMMInit, Pages{[]Run{{Addr: areaHeap + 1, Count: 1, Zero: true}}}, nil)

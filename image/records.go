@@ -600,6 +600,9 @@ type MM struct {
 	Exe    Ref        `cbor:"4,keyasint"`
 	// LockFuture holds MCL_FUTURE and MCL_ONFAULT where mlockall(2) has set them.
 	LockFuture uint32 `cbor:"5,keyasint,omitempty"`
+	// Donor is the address space with which this one shares pages until one of
+	// them is written to, as fork(2) leaves them: its Borrowed runs.
+	Donor Ref `cbor:"6,keyasint,omitempty"`
 }
 
 // The kinds of area.
@@ -649,16 +652,19 @@ type Pages struct {
 
 // Run is a stretch of pages. Zero runs have no bytes in the stream: they read
 // as zero but must be present, because a file lies under them. Neither have
-// Guard runs, which nobody may touch (MADV_GUARD_INSTALL of madvise(2)).
+// Guard runs, which nobody may touch (MADV_GUARD_INSTALL of madvise(2)), and
+// Borrowed ones, which are the donor's pages at the same addresses.
 type Run struct {
 	Addr  uint64 `cbor:"1,keyasint"`
 	Count uint32 `cbor:"2,keyasint"` // pages
 	Zero  bool   `cbor:"3,keyasint,omitempty"`
 	Guard bool   `cbor:"4,keyasint,omitempty"`
+
+	Borrowed bool `cbor:"5,keyasint,omitempty"`
 }
 
 // Stored reports a run whose pages stand in the stream.
-func (r Run) Stored() bool { return !r.Zero && !r.Guard }
+func (r Run) Stored() bool { return !r.Zero && !r.Guard && !r.Borrowed }
 
 // Bytes heads a TypeBytes record: where in the object its raw bytes begin.
 type Bytes struct {

@@ -133,7 +133,7 @@ func sampleObjects() []sampleRecord {
 			{Start: areaHeap, End: areaHeap + 0x4000, Kind: AreaAnon, Prot: 3, Name: "[heap]", Flags: []string{"dd"}},
 			{Start: areaHeap + 0x4000, End: areaHeap + 0x6000, Kind: AreaShmem, Prot: 3, Shared: true, File: refShmem},
 		}}},
-		{TypeMM, MM{Exe: refExe, Areas: []Area{{Start: areaHeap, End: areaHeap + 0x4000, Kind: AreaAnon, Prot: 3}}}},
+		{TypeMM, MM{Exe: refExe, Donor: refMMInit, Areas: []Area{{Start: areaHeap, End: areaHeap + 0x5000, Kind: AreaAnon, Prot: 3}}}},
 		{TypeSighand, Sighand{}},
 		{TypeInode, Inode{Point: "/dev/shm", Mode: 0o41777}},
 		{TypeInode, Inode{Names: []Name{{refTmpfs, "dir"}}, Mode: 0o40755, UID: 33, Mtime: -5}},
@@ -152,7 +152,7 @@ func sampleContents() []Content {
 	return []Content{
 		{Type: TypePages, Ref: refMMInit, Runs: []Run{{Addr: areaHeap, Count: 1}, {Addr: areaHeap + 0x1000, Count: 1, Zero: true}, {Addr: areaHeap + 0x2000, Count: 1}, {Addr: areaHeap + 0x3000, Count: 1, Guard: true}}, Raw: page('a', 2)},
 		{Type: TypePages, Ref: refMMInit, Runs: []Run{{Addr: 0x401000, Count: 1, Zero: true}}},
-		{Type: TypePages, Ref: refMMChild, Runs: []Run{{Addr: areaHeap, Count: 4}}, Raw: page('b', 4)},
+		{Type: TypePages, Ref: refMMChild, Runs: []Run{{Addr: areaHeap, Count: 4}, {Addr: areaHeap + 0x4000, Count: 1, Borrowed: true}}, Raw: page('b', 4)},
 		{Type: TypePages, Ref: refShmem, Runs: []Run{{Addr: 0x1000, Count: 1}}, Raw: page('c', 1)},
 		{Type: TypeBytes, Ref: refPipe, Raw: []byte("hello")},
 		{Type: TypeBytes, Ref: refLog, Offset: 4000, Raw: page('d', 1)},

@@ -261,7 +261,7 @@ func TestWriteErrorIsFinal(t *testing.T) {
 	w := NewWriter(&failAfter{20000})
 	writeHead(t, w)
 	for i := uint64(0); ; i++ {
-		if err := writeContent(w, sampleContents()[2]); err != nil {
+		if err := writeContent(w, sampleContents()[0]); err != nil {
 			break
 		}
 	}

@@ -65,6 +65,21 @@ func (p program) leaveRunning(c *container) {
 	p.checkConnect(c)
 }
 
+// TestCousins checkpoints processes that share memory which they have of a
+// parent that is gone: it says so, and each keeps what it holds.
+func TestCousins(t *testing.T) {
+	c := newContainer(t, withReport("prefork"), withArgs("/bin/prefork", "cousins")).run()
+	c.progress(10)
+	r := c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id)
+	if r.code != 0 || !strings.Contains(r.stderr, "shared by fork with other processes") {
+		t.Fatalf("exit status %d, no warning: %s", r.code, r.stderr)
+	}
+	c.mustBeGone()
+	c.restore()
+	c.progress(30)
+	cycle(c, 1)
+}
+
 // TestImageFiles looks at what a checkpoint writes: one private file, an id of
 // its own for each, and both readers content with it.
 func TestImageFiles(t *testing.T) {

@@ -25,6 +25,7 @@ var programs = []program{
 	{name: "tree", options: []option{withArgs("/bin/tree.sh")}},
 	{name: "threads", options: []option{withArgs("/bin/threads"), withVaryingThreads()}},
 	{name: "memory", options: []option{withArgs("/bin/memory")}},
+	{name: "prefork", options: []option{withArgs("/bin/prefork")}},
 	{name: "areas", options: []option{withArgs("/bin/areas")}},
 	{name: "sleepers", neverPaused: true, options: []option{
 		withArgs(append([]string{"/bin/sleepers"}, sleeps...)...), withVaryingThreads(),

@@ -33,6 +33,7 @@ type census struct {
 	sharing sharing
 	found   found
 	memory  []*tmpfs.Tree
+	lends   map[*mm.Space]bool
 }
 
 // process is one live process of the container.

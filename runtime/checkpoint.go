@@ -290,7 +290,7 @@ func (k *checkpoint) look() error {
 	if err == nil {
 		var any image.Ref // no reference is given out yet
 		n.nest(&tree, nil, func() image.Ref { any++; return any })
-		err = n.checkGrowth(&tree)
+		_, err = n.planGrowth(&tree)
 	}
 	if err != nil {
 		return err
@@ -347,7 +347,8 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		k.c.record.Namespaces[i].Ref = k.w.NewRef()
 	}
 	n.nest(&k.tree, k.c.record.Namespaces, k.w.NewRef)
-	if err := n.checkGrowth(&k.tree); err != nil {
+	steps, err := n.planGrowth(&k.tree)
+	if err != nil {
 		return err
 	}
 	children := n.family()
@@ -362,7 +363,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	n.passJobs(children)
 	k.head.noteState(n)
 	k.warnOfGuests()
-	return nil
+	return n.findDonors(steps)
 }
 
 func (k *checkpoint) collectTask(p *process, children []*process) error {
@@ -510,6 +511,9 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 		if err == nil {
 			err = t.Save(k.w, func() error { return save.Progress(0) })
 		}
+	}
+	if n := k.census.multiplied(); n > 0 {
+		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
 	}
 	if err == nil {
 		err = k.census.files.Contents(k.w)

@@ -110,7 +110,7 @@ func (r *restore) replaceHelper(taken map[int]bool) (pid int, err error) {
 	old := r.stubs[helper]
 	var b, own tracee.Batch
 	task.CloneSibling(&b, int32(pid))
-	if err := r.runSteps(old, &b, []int{helper}); err != nil {
+	if err := r.runSteps(old, &b, helper, []int{helper}); err != nil {
 		return 0, err
 	}
 	own.Add(unix.SYS_SETSID) // a session holds on to the pid of its leader

@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"context"
 	"fmt"
 	"slices"
 
@@ -133,7 +134,7 @@ func oneIdentity(p *process, threads []image.Thread) error {
 }
 
 // nestedStep carries out a step that has to do with namespaces of tasks.
-func (r *restore) nestedStep(step forest.Step) error {
+func (r *restore) nestedStep(ctx context.Context, step forest.Step) error {
 	s := r.stubs[step.Pid]
 	if s == nil {
 		return fmt.Errorf("step %q of a process that is not there", step)
@@ -141,6 +142,9 @@ func (r *restore) nestedStep(step forest.Step) error {
 	stub := func(pid int) *tracee.Stub { return r.stubs[pid] }
 	switch step.Op {
 	case forest.Fork:
+		if err := r.beforeFork(ctx, step.Pid); err != nil {
+			return err
+		}
 		host, err := r.nested.Fork(s, step, cloneFlags(step.Tables), r.exitSignal(step.Child), stub)
 		if err != nil {
 			return err
@@ -150,6 +154,7 @@ func (r *restore) nestedStep(step forest.Step) error {
 			return err
 		}
 		r.stubs[step.Child] = child
+		r.lending.forked(step.Pid, step.Child)
 		if err := r.checkNumbers(step, host); err != nil {
 			return err
 		}

@@ -69,6 +69,9 @@ type restore struct {
 	nested  *namespace.Maker
 	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
 	forked  map[int]int           // the order of forks
+
+	contents *contents
+	lending  *lending
 }
 
 // Restored is a container that has been restored and runs.
@@ -116,6 +119,9 @@ func (r *restore) close() {
 	}
 	if r.memory != nil {
 		r.memory.Close()
+	}
+	if r.contents != nil {
+		r.contents.cancel()
 	}
 	_ = r.filler.Close()
 	if r.service != nil {
@@ -184,7 +190,7 @@ func (r *restore) create(context.Context) (err error) {
 		return err
 	}
 	r.stubs[r.made.initPid] = r.made.stub
-	r.users = countUsers(r.head.Tasks)
+	r.users, r.lending = countUsers(r.head.Tasks), newLending(r.head)
 	mono, boot, err := nsutil.TimeOffsets(r.made.stub.Pid)
 	if err != nil {
 		return err
@@ -235,7 +241,8 @@ func (r *restore) openFiles(context.Context) error {
 }
 
 // grow makes every process, in the order forest plans.
-func (r *restore) grow(context.Context) error {
+func (r *restore) grow(ctx context.Context) error {
+	r.contents = readContents(r.in)
 	all, reserved := r.hierarchy()
 	brought := guests(&r.head.Tree)
 	if len(brought) > 0 {
@@ -263,7 +270,7 @@ func (r *restore) grow(context.Context) error {
 	}
 	for len(steps) > 0 {
 		if steps[0].Nested != nil {
-			if err := r.nestedStep(steps[0]); err != nil {
+			if err := r.nestedStep(ctx, steps[0]); err != nil {
 				return fail.In(fmt.Sprintf("task %d", steps[0].Pid), err)
 			}
 			steps = steps[1:]
@@ -273,7 +280,7 @@ func (r *restore) grow(context.Context) error {
 		for n < len(steps) && n < 1000 && steps[n].Pid == steps[0].Pid && steps[n-1].Op != forest.Exit && steps[n].Nested == nil {
 			n++
 		}
-		if err := r.steps(steps[:n]); err != nil {
+		if err := r.steps(ctx, steps[:n]); err != nil {
 			return err
 		}
 		steps = steps[n:]
@@ -297,7 +304,7 @@ func (r *restore) hierarchy() ([]forest.Process, []int) {
 }
 
 // steps makes a run of steps of one process as one batch.
-func (r *restore) steps(steps []forest.Step) error {
+func (r *restore) steps(ctx context.Context, steps []forest.Step) error {
 	s := r.stubs[steps[0].Pid]
 	if s == nil {
 		return fmt.Errorf("step %q of a process that is not there", steps[0])
@@ -305,6 +312,11 @@ func (r *restore) steps(steps []forest.Step) error {
 	if steps[0].Op == forest.Exit {
 		delete(r.stubs, steps[0].Pid)
 		return s.Exit(0)
+	}
+	if slices.ContainsFunc(steps, func(s forest.Step) bool { return s.Op == forest.Fork }) {
+		if err := r.beforeFork(ctx, steps[0].Pid); err != nil {
+			return err
+		}
 	}
 	var b tracee.Batch
 	var children []int
@@ -332,13 +344,13 @@ func (r *restore) steps(steps []forest.Step) error {
 			}
 			b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_CHILD_SUBREAPER), tracee.W(on))
 		case forest.Exit: // the last of the run
-			if err := r.runSteps(s, &b, children); err != nil {
+			if err := r.runSteps(s, &b, steps[0].Pid, children); err != nil {
 				return err
 			}
-			return r.steps([]forest.Step{step})
+			return r.steps(ctx, []forest.Step{step})
 		}
 	}
-	return r.runSteps(s, &b, children)
+	return r.runSteps(s, &b, steps[0].Pid, children)
 }
 
 func (r *restore) slackForChild(b *tracee.Batch, pid int) {
@@ -347,7 +359,7 @@ func (r *restore) slackForChild(b *tracee.Batch, pid int) {
 	}
 }
 
-func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, children []int) error {
+func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, pid int, children []int) error {
 	cloned, err := s.Run(b)
 	if err != nil {
 		if errors.Is(err, unix.EEXIST) {
@@ -362,6 +374,7 @@ func (r *restore) runSteps(s *tracee.Stub, b *tracee.Batch, children []int) erro
 		if r.stubs[children[i]], err = s.NewChild(host, host); err != nil {
 			return err
 		}
+		r.lending.forked(pid, children[i])
 	}
 	return nil
 }
@@ -393,13 +406,8 @@ func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub
 // rebuild gives every task its address space, still empty, and its descriptors.
 func (r *restore) rebuild(ctx context.Context) error {
 	return r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
-		if r.users.first(t.MM, "rebuild") {
-			if err := mm.Rebuild(s, r.head.MM(t.MM), r.maker); err != nil {
-				return err
-			}
-			if err := r.filler.Stub(t.MM, r.head.MM(t.MM), s); err != nil {
-				return err
-			}
+		if err := r.rebuildSpace(t.MM); err != nil {
+			return err
 		}
 		if r.users.first(t.Files, "rebuild") {
 			if err := r.maker.Table(s, r.head.Files(t.Files)); err != nil {
@@ -427,49 +435,22 @@ func (r *restore) logIn(t *image.Task, s *tracee.Stub) error {
 	return nil
 }
 
-// readAhead is how many records the reader may be ahead of the writer.
-const readAhead = 2
-
-// fill puts the contents in as they come. Reading and checking the stream goes
-// on while the pages before are copied.
+// fill puts the contents in as they come, those that growing has not taken.
+// Reading and checking the stream goes on while the pages before are copied.
 func (r *restore) fill(ctx context.Context) error {
-	type next struct {
-		content *image.Content
-		err     error
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream := make(chan next, readAhead)
-	go func() {
-		defer close(stream)
-		for {
-			c, err := r.in.Next()
-			select {
-			case stream <- next{c, err}:
-			case <-ctx.Done():
-				return
-			}
-			if err != nil {
-				return
-			}
-		}
-	}()
 	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case n := <-stream:
-			if errors.Is(n.err, io.EOF) {
-				return r.atEnd()
-			}
-			if n.err != nil {
-				return n.err
-			}
-			if err := r.put(n.content); err != nil {
-				return err
-			}
-			n.content.Release()
+		c, err := r.contents.peek(ctx)
+		if errors.Is(err, io.EOF) {
+			return r.atEnd()
 		}
+		if err == nil {
+			err = r.put(c)
+		}
+		if err != nil {
+			return err
+		}
+		r.contents.take()
+		c.Release()
 	}
 }
 
@@ -504,6 +485,9 @@ func (r *restore) put(c *image.Content) error {
 func (r *restore) finish(ctx context.Context) error {
 	if err := r.filler.Close(); err != nil {
 		return err
+	}
+	if n := r.filler.Copied; n > 0 {
+		r.Log.Warn("memory that processes shared by fork could not be shared again", "bytes", n)
 	}
 	if err := r.endZombies(); err != nil {
 		return err

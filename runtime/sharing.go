@@ -277,8 +277,9 @@ func hierarchy(tree *image.Tree, complete func(*forest.Process)) (all []forest.P
 	return all, reserved
 }
 
-// checkGrowth refuses processes that could not be grown again.
-func (n *census) checkGrowth(tree *image.Tree) error {
+// planGrowth plans how the processes will be grown again, and refuses those that
+// cannot be.
+func (n *census) planGrowth(tree *image.Tree) ([]forest.Step, error) {
 	byInner := map[int]*process{}
 	for _, p := range n.procs {
 		byInner[p.inner] = p
@@ -288,12 +289,12 @@ func (n *census) checkGrowth(tree *image.Tree) error {
 		p := byInner[f.Pid].pid
 		f.Shared = forest.Shared{forest.MM: s.space[p], forest.Sighand: s.hand[p], forest.Files: s.table[p], forest.FS: s.place[p], forest.SemUndo: s.undo[p]}
 	})
-	_, err := plan(tree, all, reserved)
+	steps, err := plan(tree, all, reserved)
 	var unreachable *forest.Unreachable
 	if errors.As(err, &unreachable) && byInner[unreachable.Pid] != nil {
-		return fail.In(byInner[unreachable.Pid].name(), fail.Refuse("", "it could not be made again: "+unreachable.Reason, ""))
+		return nil, fail.In(byInner[unreachable.Pid].name(), fail.Refuse("", "it could not be made again: "+unreachable.Reason, ""))
 	}
-	return err
+	return steps, err
 }
 
 // cloneFlags are the flags of clone(2) and unshare(2) for tables.

@@ -70,12 +70,26 @@ func Rebuild(s *tracee.Stub, m *image.MM, files Opened) error {
 	if _, err := s.Run(&b); err != nil {
 		return fmt.Errorf("clear the address space: %w", err)
 	}
-	for chunk := range slices.Chunk(m.Areas, 8192) {
+	// Now, for /proc/PID/exe does not change while the old one is mapped, even if
+	// it is the same file (replace_mm_exe_file in kernel/fork.c).
+	exe, err := files.FD(m.Exe)
+	if err != nil {
+		return fmt.Errorf("executable: %w", err)
+	}
+	if err := layout(s, m, exe); err != nil {
+		return err
+	}
+	return mapAll(s, m, m.Areas, files)
+}
+
+// mapAll maps areas, the last of m to be mapped.
+func mapAll(s *tracee.Stub, m *image.MM, areas []image.Area, files Opened) error {
+	for chunk := range slices.Chunk(areas, 8192) {
 		if err := mapAreas(s, chunk, files); err != nil {
 			return err
 		}
 	}
-	return layout(s, m, files)
+	return checkVDSO(s, m)
 }
 
 func mapAreas(s *tracee.Stub, areas []image.Area, files Opened) error {
@@ -109,7 +123,7 @@ func describe(a *image.Area) string {
 // are in; Protect gives them their own protection. The others must not be: the
 // kernel would account for them, and join them with neighbours.
 func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
-	flags, fd, prot := uint64(unix.MAP_FIXED_NOREPLACE), ^uint64(0), uint64(a.Prot)
+	flags, fd := uint64(unix.MAP_FIXED_NOREPLACE), ^uint64(0)
 	switch {
 	case a.Shared:
 		flags |= unix.MAP_SHARED
@@ -117,9 +131,6 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 		flags |= unix.MAP_DROPPABLE // instead of MAP_PRIVATE
 	default:
 		flags |= unix.MAP_PRIVATE
-	}
-	if opened(a) {
-		prot |= unix.PROT_WRITE | unix.PROT_READ
 	}
 	switch a.Kind {
 	case image.AreaVDSO:
@@ -146,7 +157,7 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 	for _, f := range a.Flags {
 		flags |= mapFlag[f]
 	}
-	b.Add(unix.SYS_MMAP, tracee.W(a.Start), tracee.W(a.End-a.Start), tracee.W(prot), tracee.W(flags), tracee.W(fd), tracee.W(a.Offset))
+	b.Add(unix.SYS_MMAP, tracee.W(a.Start), tracee.W(a.End-a.Start), tracee.W(firstProt(a)), tracee.W(flags), tracee.W(fd), tracee.W(a.Offset))
 	bind(b, a) // before there are pages
 	return nil
 }
@@ -156,6 +167,14 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 func opened(a *image.Area) bool {
 	const both = unix.PROT_READ | unix.PROT_WRITE
 	return !a.Shared && a.Prot&both != both && (has(a, accounted) || a.HugePage != 0)
+}
+
+// firstProt is the protection that an area is mapped with.
+func firstProt(a *image.Area) uint32 {
+	if opened(a) {
+		return a.Prot | unix.PROT_WRITE | unix.PROT_READ
+	}
+	return a.Prot
 }
 
 // has reports a VmFlag.
@@ -169,11 +188,8 @@ var mapFlag = map[string]uint64{
 
 // layout tells the kernel where code, heap, stack and arguments lie, and what
 // /proc/PID/exe, auxv, cmdline and environ are to show (prctl(2) PR_SET_MM_MAP).
-func layout(s *tracee.Stub, m *image.MM, files Opened) error {
-	exe, err := files.FD(m.Exe)
-	if err != nil {
-		return fmt.Errorf("executable: %w", err)
-	}
+// exe is a descriptor, or -1 if the executable is the right one already.
+func layout(s *tracee.Stub, m *image.MM, exe int) error {
 	var b tracee.Batch
 	auxv := b.Put(m.Auxv)
 	var head []byte
@@ -187,7 +203,7 @@ func layout(s *tracee.Stub, m *image.MM, files Opened) error {
 	if _, err := s.Run(&b); err != nil {
 		return fmt.Errorf("layout of the address space: %w", err)
 	}
-	return checkVDSO(s, m)
+	return nil
 }
 
 // checkVDSO makes sure that the kernel put the vdso where the program's libc
@@ -197,7 +213,7 @@ func checkVDSO(s *tracee.Stub, m *image.MM) error {
 	if i < 0 {
 		return nil
 	}
-	maps, err := readMappings(s.Pid)
+	maps, err := readMaps(s.Pid, "maps")
 	if err != nil {
 		return err
 	}
@@ -224,6 +240,11 @@ type Filler struct {
 	huge    map[image.Ref]*hugeSpace
 	guards  map[image.Ref][]extent
 	shared  map[image.Ref]Writer
+	loans   map[image.Ref]*Loan
+	lent    map[image.Ref]bool
+
+	// Copied counts the bytes of borrowed pages that could not be shared again.
+	Copied uint64
 }
 
 // hugeSpace is an address space with areas of huge pages.
@@ -241,7 +262,7 @@ type Writer interface {
 func NewFiller() *Filler {
 	return &Filler{
 		pids: map[image.Ref]int{}, feeders: map[image.Ref]*feeder{}, huge: map[image.Ref]*hugeSpace{},
-		guards: map[image.Ref][]extent{}, shared: map[image.Ref]Writer{},
+		guards: map[image.Ref][]extent{}, shared: map[image.Ref]Writer{}, loans: map[image.Ref]*Loan{}, lent: map[image.Ref]bool{},
 	}
 }
 
@@ -271,6 +292,9 @@ func (f *Filler) Stub(ref image.Ref, m *image.MM, s *tracee.Stub) error {
 // filled are not the stubs' to touch.
 func (f *Filler) Close() error {
 	var errs error
+	for ref := range f.loans {
+		errs = errors.Join(errs, f.Complete(ref))
+	}
 	for _, feed := range f.feeders {
 		errs = errors.Join(errs, feed.file.Close())
 	}
@@ -290,8 +314,22 @@ func (f *Filler) Segment(ref image.Ref, w Writer) { f.shared[ref] = w }
 // Fill writes one record of pages.
 func (f *Filler) Fill(c *image.Content) error {
 	raw := c.Raw
+	if f.lent[c.Ref] {
+		return fmt.Errorf("pages of address space #%d come after others were given them", c.Ref)
+	}
+	if l := f.loans[c.Ref]; l != nil {
+		if err := l.settle(c.Runs); err != nil {
+			return fmt.Errorf("drop what is not shared: %w", err)
+		}
+	}
 	for _, r := range c.Runs {
 		size := int(r.Count) * PageSize
+		if r.Borrowed {
+			if err := f.borrow(c.Ref, extent{r.Addr, r.Addr + uint64(size)}); err != nil {
+				return err
+			}
+			continue
+		}
 		if r.Guard {
 			f.guards[c.Ref] = append(f.guards[c.Ref], extent{r.Addr, r.Addr + uint64(size)})
 			continue

@@ -138,7 +138,7 @@ func (s *Saver) keep(at uint64, b []byte, keepZero bool) {
 func (s *Saver) run(addr uint64, zero bool) {
 	if n := len(s.runs); n > 0 {
 		last := &s.runs[n-1]
-		if last.Zero == zero && !last.Guard && last.Addr+uint64(last.Count)*PageSize == addr {
+		if last.Zero == zero && !last.Guard && !last.Borrowed && last.Addr+uint64(last.Count)*PageSize == addr {
 			last.Count++
 			return
 		}
@@ -146,11 +146,12 @@ func (s *Saver) run(addr uint64, zero bool) {
 	s.runs = append(s.runs, image.Run{Addr: addr, Count: 1, Zero: zero})
 }
 
-// guard notes pages that are not to be touched.
-func (s *Saver) guard(e extent) error {
+// note adds pages of which nothing is stored, as runs like kind.
+func (s *Saver) note(e extent, kind image.Run) error {
 	for e.start < e.end {
 		n := min((e.end-e.start)/PageSize, math.MaxUint32)
-		s.runs = append(s.runs, image.Run{Addr: e.start, Count: uint32(n), Guard: true})
+		kind.Addr, kind.Count = e.start, uint32(n)
+		s.runs = append(s.runs, kind)
 		e.start += n * PageSize
 		if len(s.runs) >= maxRuns {
 			if err := s.flush(); err != nil {
@@ -181,41 +182,47 @@ func (s *Saver) flush() error {
 	return nil
 }
 
-// Save writes the pages of the address space that are its own.
-func (s *Space) Save(out *Saver) error {
+// own yields the pages that are the address space's own, and guards wherever
+// they are.
+func (s *Space) own(yield func(src *source, f found) error) error {
 	pm, err := openPagemap(s.Pid)
 	if err != nil {
 		return err
 	}
 	defer pm.Close()
-	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", s.Pid))
-	if err != nil {
-		return gone(s.Pid, err)
-	}
-	defer mem.Close()
 	ranges := make([]extent, len(s.pages))
 	for i, src := range s.pages {
 		a := &s.Record.Areas[src.area]
 		ranges[i] = extent{a.Start, a.End}
 	}
-	err = pm.own(ranges, func(f found) error {
-		src := s.pages[f.in]
-		if f.guard {
-			return out.guard(f.extent)
-		}
-		if src.shared {
+	return pm.own(ranges, func(f found) error {
+		src := &s.pages[f.in]
+		if src.shared && !f.guard {
 			return nil // saved once, from its inode
 		}
-		err := out.add(f.extent, src.file, func(addr uint64, b []byte) error {
-			if src.readable {
-				err := tracee.ReadMemory(s.Pid, addr, b)
-				if !errors.Is(err, unix.EFAULT) {
-					return err
-				}
+		return yield(src, f)
+	})
+}
+
+// Save writes the pages of the address space that are its own.
+func (s *Space) Save(out *Saver) error {
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", s.Pid))
+	if err != nil {
+		return gone(s.Pid, err)
+	}
+	defer mem.Close()
+	defer s.closeFrames()
+	err = s.own(func(src *source, f found) error {
+		if f.guard {
+			return out.note(f.extent, image.Run{Guard: true})
+		}
+		err := s.holdings(f.extent, func(e extent, how holding) error {
+			if how == borrowed {
+				return out.note(e, image.Run{Borrowed: true})
 			}
-			// /proc/PID/mem reads what the task itself may not.
-			_, err := mem.ReadAt(b, int64(addr))
-			return err
+			return out.add(e, src.file, func(addr uint64, b []byte) error {
+				return s.read(mem, addr, b, src.readable && how == alone)
+			})
 		})
 		if err != nil {
 			return fail.On(describe(&s.Record.Areas[src.area]), err)
@@ -226,6 +233,20 @@ func (s *Space) Save(out *Saver) error {
 		return err
 	}
 	return out.flush()
+}
+
+// read copies pages, the direct way if it may. /proc/PID/mem copies twice, but
+// reads what the task itself may not, and leaves shared by fork what is:
+// process_vm_readv(2) pins pages, and for that each is made the process's own
+// (gup_must_unshare in mm/internal.h).
+func (s *Space) read(mem *os.File, addr uint64, b []byte, quick bool) error {
+	if quick {
+		if err := tracee.ReadMemory(s.Pid, addr, b); !errors.Is(err, unix.EFAULT) {
+			return err
+		}
+	}
+	_, err := mem.ReadAt(b, int64(addr))
+	return err
 }
 
 // Resident estimates the bytes that saving a process's memory takes at most:

@@ -39,8 +39,11 @@ func (m *mapping) deleted() bool        { return strings.HasSuffix(m.name, delet
 const deletedSuffix = " (deleted)"
 
 // readMappings reads a process's mappings with their flags.
-func readMappings(pid int) ([]mapping, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
+func readMappings(pid int) ([]mapping, error) { return readMaps(pid, "smaps") }
+
+// readMaps reads one of the two lists; "maps" is quick and has no flags.
+func readMaps(pid int, list string) ([]mapping, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/%s", pid, list))
 	if err != nil {
 		return nil, gone(pid, err)
 	}

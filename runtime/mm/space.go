@@ -58,7 +58,13 @@ type Space struct {
 	exe   *object.Object
 	pages []source // areas with pages that must be saved
 	bound []int    // areas with a memory policy of their own
-	Brk   uint64
+
+	donor  *Space // whose pages are shared, see lend.go
+	frames *frames
+
+	related bool
+	cousins uint64
+	Brk     uint64
 }
 
 // source is an area with pages of its own.
@@ -137,6 +143,7 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 			a.Flags = append(a.Flags, f)
 		}
 	}
+	s.related = s.related || m.has("mg") // pages that KSM may have merged
 	if m.has(hugetlb) {
 		a.HugePage = m.pageSize
 	}
@@ -244,4 +251,7 @@ func (s *Space) complete() {
 		s.Record.Areas[i].File = object.RefOf(f)
 	}
 	s.Record.Exe = object.RefOf(s.exe)
+	if s.donor != nil {
+		s.Record.Donor = s.donor.Ref
+	}
 }
