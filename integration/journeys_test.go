@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"bytes"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -78,6 +80,19 @@ func TestCousins(t *testing.T) {
 	c.restore()
 	c.progress(30)
 	cycle(c, 1)
+}
+
+// TestManyAreas restores an address space of nearly as many areas as one may
+// have (vm.max_map_count).
+func TestManyAreas(t *testing.T) {
+	c := newContainer(t, withReport("manyareas"), withArgs("/bin/manyareas")).run()
+	c.progress(3)
+	cycle(c, 1)
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", c.state().Pid))
+	c.must(err)
+	if n := bytes.Count(maps, []byte("\n")); n < 50000 {
+		t.Errorf("%d areas are left of 50000", n)
+	}
 }
 
 // TestImageFiles looks at what a checkpoint writes: one private file, an id of

@@ -3,6 +3,7 @@ package runtime
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 
@@ -10,7 +11,6 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/forest"
 	"github.com/ocickpt/ocickpt/runtime/mm"
-	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // Memory that processes share since fork(2) is shared again by forking again
@@ -189,7 +189,7 @@ func (r *restore) fillUntil(ctx context.Context, ref image.Ref) (whole bool, err
 			return false, err
 		}
 		if r.head.MM(c.Ref) != nil {
-			if r.userOf(c.Ref) == nil {
+			if r.userOf(c.Ref) == 0 {
 				return false, nil
 			}
 			if err := r.rebuildSpace(c.Ref); err != nil {
@@ -205,14 +205,15 @@ func (r *restore) fillUntil(ctx context.Context, ref image.Ref) (whole bool, err
 	}
 }
 
-// userOf is a stub that is to have an address space, nil if none is there yet.
-func (r *restore) userOf(ref image.Ref) *tracee.Stub {
+// userOf is the pid of a stub that is to have an address space, 0 if none is
+// there yet.
+func (r *restore) userOf(ref image.Ref) int {
 	for _, pid := range r.lending.users[ref] {
-		if s := r.stubs[pid]; s != nil {
-			return s
+		if r.stubs[pid] != nil {
+			return pid
 		}
 	}
-	return nil
+	return 0
 }
 
 // rebuildSpace gives the processes of an address space its areas, without their
@@ -221,8 +222,11 @@ func (r *restore) rebuildSpace(ref image.Ref) error {
 	if !r.users.first(ref, "rebuild") {
 		return nil
 	}
-	pid := r.lending.users[ref][slices.IndexFunc(r.lending.users[ref], func(pid int) bool { return r.stubs[pid] != nil })]
+	pid := r.userOf(ref)
 	s, m := r.stubs[pid], r.head.MM(ref)
+	if s == nil {
+		return fmt.Errorf("address space #%d has no process", ref)
+	}
 	held := r.lending.holds[pid]
 	delete(r.lending.holds, pid)
 	loan, err := &mm.Loan{}, error(nil)

@@ -108,7 +108,7 @@ var errFound = errors.New("found")
 // that holds a page of the donor's before and after it is looked up for s held it
 // in between too, so that it is the same page.
 func (s *Space) holdings(e extent, yield func(e extent, how holding) error) error {
-	if s.donor == nil && !s.related {
+	if s.donor == nil && !s.related && !s.merges {
 		return yield(e, alone)
 	}
 	if err := s.openFrames(); err != nil {
@@ -149,7 +149,7 @@ func (s *Space) holdings(e extent, yield func(e extent, how holding) error) erro
 			for j < n && how(j) == is {
 				j++
 			}
-			if is == jointly {
+			if is == jointly && s.related {
 				s.cousins += uint64(j-i) * PageSize
 			}
 			if err := yield(extent{start + uint64(i)*PageSize, start + uint64(j)*PageSize}, is); err != nil {
@@ -184,7 +184,7 @@ func (s *Space) closeFrames() {
 	}
 }
 
-// Related says that there are others that s may share pages with.
+// Related says that there are others that s may have been forked with.
 func (s *Space) Related() { s.related = true }
 
 // SameProgram reports that two processes run the same executable.

@@ -61,12 +61,16 @@ func gone(pid int, err error) error {
 
 func parseMappings(r io.Reader) ([]mapping, error) {
 	var out []mapping
+	known := map[string][]string{} // flags: of thousands of areas, few differ
 	scan := bufio.NewScanner(r)
 	scan.Buffer(make([]byte, 0, 64<<10), 1<<20)
 	for scan.Scan() {
 		line := scan.Bytes()
 		if flags, ok := bytes.CutPrefix(line, []byte("VmFlags:")); ok && len(out) > 0 {
-			out[len(out)-1].flags = strings.Fields(string(flags))
+			if known[string(flags)] == nil {
+				known[string(flags)] = strings.Fields(string(flags))
+			}
+			out[len(out)-1].flags = known[string(flags)]
 			continue
 		}
 		if len(out) > 0 && out[len(out)-1].attribute(line) {

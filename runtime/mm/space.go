@@ -62,7 +62,8 @@ type Space struct {
 	donor  *Space // whose pages are shared, see lend.go
 	frames *frames
 
-	related bool
+	related bool // others may share pages by fork
+	merges  bool // or by KSM
 	cousins uint64
 	Brk     uint64
 }
@@ -143,7 +144,7 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 			a.Flags = append(a.Flags, f)
 		}
 	}
-	s.related = s.related || m.has("mg") // pages that KSM may have merged
+	s.merges = s.merges || m.has("mg")
 	if m.has(hugetlb) {
 		a.HugePage = m.pageSize
 	}
@@ -159,11 +160,12 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 
 // classify finds the area's kind and what lies under it.
 func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared) (*object.Object, error) {
-	link := fmt.Sprintf("/proc/%d/map_files/%x-%x", s.Pid, m.start, m.end)
-	switch {
-	case !m.shared() && (m.inode == 0 || m.name == hugeMemory):
+	if !m.shared() && (m.inode == 0 || m.name == hugeMemory) {
 		a.Kind, a.Offset = image.AreaAnon, 0
 		return nil, nil
+	}
+	link := fmt.Sprintf("/proc/%d/map_files/%x-%x", s.Pid, m.start, m.end)
+	switch {
 	case a.HugePage != 0 && m.name != hugeMemory && !isMemfd(m.name):
 		return nil, fail.Refuse("", "a mapping of a file of a hugetlbfs is not supported: its contents are not in the image", "unmap it before the checkpoint")
 	case m.shared() && anonymousShared(m.name), isMemfd(m.name), m.deleted() && files.Removed(strings.TrimSuffix(m.name, deletedSuffix), link):
