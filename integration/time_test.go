@@ -28,15 +28,21 @@ func TestTimeLeft(t *testing.T) {
 			p := program{name: "sleepers", options: []option{
 				withArgs(append(append([]string{"/bin/sleepers"}, c.args...), sleeps...)...), withVaryingThreads(),
 			}}
-			k := p.start(t)
-			cycle(k, 1)
+			k := newContainer(t, append([]option{withReport(p.name)}, p.options...)...).run()
+			again := func() {
+				k.progress(15)
+				k.checkpoint()
+				k.mustBeGone()
+				k.restore()
+			}
+			again()
 			r := k.checkpoint("--leave-running")
 			warned := strings.Contains(r.stderr, "waits its full time again")
 			if warned != (c.noBPF != "") {
 				t.Errorf("warned of a time that is not known: %v\n%s", warned, r.stderr)
 			}
-			cycle(k, 1)
-			k.progress(80) // until the longest calls have ended
+			again()
+			k.progress(70) // until the longest calls have ended
 		})
 	}
 }
