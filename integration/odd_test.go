@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"os"
 	"strings"
 	"testing"
 
@@ -61,5 +62,33 @@ func TestWarned(t *testing.T) {
 				t.Errorf("the restored container still has what the image lacks: %s", again)
 			}
 		})
+	}
+}
+
+// TestDumpableByRoot restores what only the kernel can set, where the host says
+// so, for as short as it takes.
+func TestDumpableByRoot(t *testing.T) {
+	const sysctl = "/proc/sys/fs/suid_dumpable"
+	was, err := os.ReadFile(sysctl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(value string) {
+		if err := os.WriteFile(sysctl, []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer set(string(was))
+	set("2")
+	c := newContainer(t, withReport("odd"), withArgs("/bin/odd", "rooted"), withCapabilities("CAP_SETUID")).run()
+	c.progress(3)
+	set(string(was))
+	for range 2 {
+		c.checkpoint()
+		c.mustBeGone()
+		set("2")
+		c.restore()
+		set(string(was))
+		c.progress(3)
 	}
 }

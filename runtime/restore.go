@@ -568,6 +568,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 			return fail.On(fmt.Sprintf("thread %d", t.Threads[i].Tid), err)
 		}
 	}
+	if !task.KeepsDumpable(t) {
+		r.Log.Warn("not dumpable at all instead of by root only, as fs.suid_dumpable is not 2 here", "pid", t.Pid)
+	}
 	if err := task.RestoreOOMScore(s.Pid, t.OOMScoreAdj); err != nil {
 		r.Log.Warn("oom_score_adj not restored", "pid", t.Pid, "value", t.OOMScoreAdj, "error", err)
 	}

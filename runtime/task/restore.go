@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -16,9 +17,19 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// dumpableByKernel is SUID_DUMP_ROOT: only the kernel sets it, when credentials
-// change; prctl(2) refuses it.
+// dumpableByKernel is SUID_DUMP_ROOT. Only the kernel sets it, where the sysctl
+// fs.suid_dumpable says so, when credentials change; prctl(2) refuses it.
 const dumpableByKernel = 2
+
+// KeepsDumpable reports whether this host lets a process be as dumpable as t. If
+// not, it is not dumpable at all.
+func KeepsDumpable(t *image.Task) bool {
+	if t.Dumpable != dumpableByKernel {
+		return true
+	}
+	b, err := os.ReadFile("/proc/sys/fs/suid_dumpable")
+	return err == nil && strings.TrimSpace(string(b)) == strconv.Itoa(dumpableByKernel)
+}
 
 // explained are calls of a restore that fail for what the host or the kernel
 // is, with what they set.
@@ -61,6 +72,11 @@ func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
 	}
 	restoreProcessControls(b, t)
 	restoreMembarrier(b, t.Membarrier)
+	if t.Dumpable == dumpableByKernel { // a change of credentials, while the stub may make any
+		const other = 1
+		b.Try(unix.SYS_SETFSUID, tracee.W(other))
+		b.Try(unix.SYS_SETFSUID, tracee.W(0))
+	}
 }
 
 // Held is what a stub holds already: its capabilities, whether its ids are the
@@ -101,8 +117,11 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, held Held) {
 // and its timers do: what runs by itself, and what a change of credentials
 // resets.
 func RestoreLast(b *tracee.Batch, t *image.Task, c *Clocks) {
-	if t.Dumpable != dumpableByKernel {
+	switch {
+	case t.Dumpable != dumpableByKernel:
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(t.Dumpable))
+	case !KeepsDumpable(t):
+		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_DUMPABLE), tracee.W(0))
 	}
 	restoreMDWE(b, t)
 	expire := func(id int32) {

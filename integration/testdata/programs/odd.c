@@ -132,6 +132,16 @@ static void be_landlocked(void)
 	need(!close(fd));
 }
 
+/* Dumpable by root only: what fs.suid_dumpable makes of a change of ids. */
+static int rooted;
+
+static void be_rooted(void)
+{
+	need(!setresuid(7, 7, 7));
+	need(prctl(PR_GET_DUMPABLE) == 2);
+	rooted = 1;
+}
+
 static const struct {
 	const char *name;
 	void (*be)(void);
@@ -144,6 +154,7 @@ static const struct {
 	{ "full", be_full },
 	{ "keeper", be_keeper },
 	{ "landlocked", be_landlocked },
+	{ "rooted", be_rooted },
 };
 
 int main(int argc, char **argv)
@@ -153,6 +164,8 @@ int main(int argc, char **argv)
 		if (wanted(argc, argv, kinds[i].name))
 			kinds[i].be();
 	for (;;) {
+		if (rooted)
+			need(prctl(PR_GET_DUMPABLE) == 2);
 		tick();
 		doze(20 * MS);
 	}
