@@ -120,6 +120,41 @@ func TestCheckpointFaults(t *testing.T) {
 	}
 }
 
+// TestSandboxedFaults kills ocickpt wherever it is about to do something to a
+// thread that its seccomp filter would punish for nearly every call.
+func TestSandboxedFaults(t *testing.T) {
+	c := newContainer(t, withReport("sandboxed"), withArgs("/bin/sandboxed")).run()
+	c.progress(10)
+	args := []string{"checkpoint", "--leave-running", "--image-path", filepath.Join(c.dir, "faulty"), c.id}
+	points := faultPoints(c, args...)
+	before := c.stableTree()
+	for _, point := range distinct(points) {
+		if !strings.HasPrefix(point, "tracee.") {
+			continue
+		}
+		// The first thread has no filter; of the others one may come back from a
+		// batch by system calls, one may not, and one has strict mode.
+		n := len(slices.DeleteFunc(slices.Clone(points), func(p string) bool { return p != point }))
+		for _, nth := range []int{2, 3, 5, 20} {
+			if nth > n {
+				break
+			}
+			name := fmt.Sprintf("%s#%d:kill", point, nth)
+			c.step(t, name, func(t *testing.T) {
+				t.Setenv(envFault, name)
+				r := c.ocickpt(args...)
+				t.Logf("exit status %d, %s", r.code, r.stderr)
+				t.Setenv(envFault, "")
+				c.progress(5)
+				c.sameTree(before)
+			})
+			if t.Failed() {
+				return
+			}
+		}
+	}
+}
+
 // passings chooses the first, a middle and the last passing of a point.
 func passings(points []string, point string) []int {
 	n := 0

@@ -48,6 +48,7 @@ var programs = []program{
 		withArgs("/bin/tmpfs", "chown"), withTmpfs("/run"), withNewPrivileges(),
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
+	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},

@@ -29,17 +29,18 @@ func seccompFilters(t *tracee.Thread, mode uint32) ([]image.Filter, error) {
 	if mode != seccompFilter {
 		return nil, nil
 	}
+	filters, err := t.Filters()
+	if err != nil {
+		return nil, err
+	}
 	var out []image.Filter
-	for i := 0; ; i++ {
-		program, flags, ok, err := t.SeccompFilter(i)
-		if err != nil || !ok {
-			return out, err
-		}
-		if notifies(program) {
+	for i, f := range filters {
+		if notifies(f.Program) {
 			return nil, fail.Refuse(fmt.Sprintf("seccomp filter %d", i), "it hands system calls to a listener (SECCOMP_RET_USER_NOTIF), who cannot be given to it again", "run the container without the listener")
 		}
-		out = append(out, image.Filter{Program: program, Flags: flags})
+		out = append(out, image.Filter{Program: f.Program, Flags: f.Flags})
 	}
+	return out, nil
 }
 
 // notifies reports a filter with an instruction that returns USER_NOTIF. One

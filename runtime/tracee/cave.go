@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSlots bounds the slots used of a cave; the vdso's tail has room for three.
+// maxSlots bounds the slots used of a cave; the vdso's tail has room for two.
 const maxSlots = 4
 
 // cave is a run of executable bytes of a process that nothing uses: the zeros

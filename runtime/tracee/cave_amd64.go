@@ -21,11 +21,23 @@ type slotHeader struct {
 	Mask      uint64
 	Flags     uint64 // OF in bit 0, the low byte of eflags in bits 8-15: what SAHF takes
 	GPR       [15]uint64
+	Go        uint64 // the gate that is open to a quiet thread
 }
 
 const (
 	slotMagic      = 0x31656b6f74706b63
 	slotHeaderSize = int(unsafe.Sizeof(slotHeader{}))
+
+	slotGo = 0xa0
+
+	// The gates of a quiet thread (cave_amd64.s), which it shows in rdx.
+	gateMap   = 0x67617401
+	gateRun   = 0x67617402
+	gateUnmap = 0x67617403
+	gateRest  = 0x67617404
+	spins     = 0x02000000
+
+	quiet = ^uint64(0) // in r15
 
 	flagTF = 1 << 8
 	flagOF = 11 // bit number
@@ -48,11 +60,17 @@ var slotSize = uint64(len(caveCode)+8+15) &^ 15
 
 // cavePlaces are the offsets in a slot at which tracer and thread meet.
 type cavePlaces struct {
-	enter    uint64 // at the mmap
-	mapped   uint64 // behind the first report
-	ran      uint64 // behind the second
-	unmapped uint64 // behind the third, which is where the cure begins
+	enter    uint64  // at the mmap
+	mapped   uint64  // behind the first report
+	ran      uint64  // behind the second
+	unmapped uint64  // behind the third, which is where the cure begins
+	gate     uint64  // where a quiet thread waits
+	last     uint64  // where registers are restored without a call
+	loops    [2]span // where a thread waits for us
 }
+
+// span is a stretch of code.
+type span struct{ start, end uint64 }
 
 // places are found by counting the syscall instructions, so that they cannot
 // drift from the code: mmap, report, an entry's call, report, munmap, report,
@@ -64,7 +82,17 @@ var places = func() cavePlaces {
 			behind = append(behind, uint64(i+syscallInsnSize))
 		}
 	}
-	return cavePlaces{enter: behind[0] - syscallInsnSize, mapped: behind[1], ran: behind[3], unmapped: behind[5]}
+	// mov $spins, %ecx; test; je; pause; dec %ecx; jne
+	wait := binary.LittleEndian.AppendUint32([]byte{0xb9}, spins)
+	var loops [2]span
+	for i, at := 0, 0; i < len(loops); i++ {
+		at += bytes.Index(caveCode[at:], wait) + len(wait)
+		loops[i] = span{uint64(at), uint64(at + bytes.Index(caveCode[at:], []byte{0xf3, 0x90}) + 4)}
+	}
+	return cavePlaces{
+		enter: behind[0] - syscallInsnSize, mapped: behind[1], ran: behind[3], unmapped: behind[5],
+		gate: loops[0].start - uint64(len(wait)), last: behind[6], loops: loops,
+	}
 }()
 
 // slotImage is the slot of a thread that must come out with registers r, as
@@ -97,3 +125,24 @@ func enterRegs(r Regs, slot, size uint64, report unix.Signal) Regs {
 	r.R12, r.R13, r.R14, r.R15 = 0, size, slot, uint64(report)
 	return r
 }
+
+// quietRegs makes them enter it at its gate instead.
+func quietRegs(r Regs, slot, size uint64) Regs {
+	r = enterRegs(r, slot, size, 0)
+	r.Rip, r.Rdx, r.R15 = slot+places.gate, gateMap, quiet
+	return r
+}
+
+// hasten makes a thread that waits for an ocickpt that is dead wait no longer.
+func (r *Regs) hasten() bool {
+	for _, l := range places.loops {
+		if at := r.Rip - r.R14; at >= l.start && at <= l.end {
+			r.Rcx = 1
+			return true
+		}
+	}
+	return false
+}
+
+// atGate reports a thread that waits at a gate.
+func (r *Regs) atGate(gate uint64) bool { return r.R15 == quiet && r.Rdx == gate }

@@ -45,9 +45,9 @@ const (
 //     interrupted, and nobody can write that back;
 //   - must not block, nor touch the program's own handlers, mask or memory.
 //
-// A seccomp filter is suspended while we trace (LiveOptions), not afterwards: to
-// survive our death in mid-batch, a thread must be allowed by its filter what
-// is left of the batch, tgkill to itself, munmap and rt_sigprocmask.
+// A seccomp filter is suspended while we trace (LiveOptions), not afterwards:
+// calls for which it would punish a thread that has lost its tracer are made one
+// step at a time (quiet.go).
 //
 // All threads of the process are stopped by the caller, and none was Busy,
 // before the first Run and until the last. A Live is for one OS thread, the
@@ -135,7 +135,14 @@ func (l *Live) Settle(t *Thread, limit time.Duration) error {
 		case time.Now().After(deadline):
 			return fmt.Errorf("task %d: %w", t.Tid, ErrBusy)
 		}
-		if err := t.runBriefly(limit); err != nil {
+		r, err := t.Regs()
+		if err == nil && r.hasten() {
+			err = t.SetRegs(r)
+		}
+		if err == nil {
+			err = t.runBriefly(limit)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -209,6 +216,12 @@ type visit struct {
 	now      Regs        // the thread's registers at its latest stop in the slot
 	entered  bool        // the instruction pointer is in the slot
 	stepping bool        // it stopped at a system call, not on its way out of the kernel
+
+	punished func(nr uintptr, args [6]uint64) bool // by its filter; nil without
+	quiet    bool                                  // it makes no call by itself
+	running  *Batch                                // whose guarded entries are to be opened
+	guarded  []int                                 // the guarded entries
+	fed      int                                   // how many of them are open
 }
 
 // prepare finds out all that has to be known and changes nothing.
@@ -234,7 +247,7 @@ func (l *Live) prepare(t *Thread) (*visit, error) {
 	if err != nil {
 		return nil, err
 	}
-	if st.seccomp && t.filtered {
+	if st.seccomp != "0" && t.filtered {
 		return nil, &RefusedError{t.Tid, "its seccomp filter cannot be suspended: that needs CAP_SYS_ADMIN and a tracer without a filter of its own"}
 	}
 	if err := t.checkDispatch(); err != nil {
@@ -246,6 +259,9 @@ func (l *Live) prepare(t *Thread) (*visit, error) {
 	v.id = st.ids
 	v.report = reportSignal(st, v.mask, l.halted)
 	v.passing = v.report
+	if err := v.learnFilter(st.seccomp); err != nil {
+		return nil, err
+	}
 	v.slot, err = l.cave.take(st.ids)
 	return v, err
 }
@@ -279,6 +295,9 @@ func (v *visit) enter(b *Batch) error {
 	parked := view
 	parked.Rip = v.slot + places.unmapped
 	v.size = batchSize(b)
+	if v.quiet {
+		return v.enterQuietly(view)
+	}
 	steps := []struct {
 		point string
 		do    func() error
@@ -301,6 +320,11 @@ func (v *visit) mapMemory() error {
 	if err := v.advance(places.mapped); err != nil {
 		return err
 	}
+	return v.mapped()
+}
+
+// mapped takes note of what mmap has returned.
+func (v *visit) mapped() error {
 	if errno := -int64(v.now.Rbx); errno > 0 && errno < 4096 {
 		return &NoRoomError{v.Tid, v.size, unix.Errno(errno)}
 	}
@@ -315,18 +339,28 @@ func (v *visit) run(b *Batch) error {
 	mem := make([]byte, int(dataAt)+len(b.Data))
 	b.encode(mem, data)
 	b.fill(mem[dataAt:], data)
+	v.guard(b, mem, data)
 	if err := step(PointFill, func() error { return v.Write(v.page, mem) }); err != nil {
 		return err
 	}
 	if err := step(PointArm, func() error { return v.arm(len(b.Calls)) }); err != nil {
 		return err
 	}
-	if err := step(PointBatch, func() error { return v.advance(places.ran) }); err != nil {
+	v.running = b
+	err := step(PointBatch, func() error {
+		if v.quiet {
+			return v.pass(gateRun, gateUnmap, b)
+		}
+		return v.advance(places.ran)
+	})
+	v.running = nil
+	if err != nil {
 		return err
 	}
 	if err := v.Read(v.page, mem); err != nil {
 		return err
 	}
+	v.settleResults(b, mem)
 	b.decode(mem)
 	copy(b.Data, mem[dataAt:])
 	return b.failure(v.Tid, len(b.Calls)-v.now.left(), data)
@@ -368,6 +402,9 @@ func (v *visit) leave() (first error) {
 // unmap frees the batch's memory. If the batch did not run to its end, it has to
 // be brought there first, without the entries that are left.
 func (v *visit) unmap() error {
+	if v.quiet {
+		return v.unmapQuietly()
+	}
 	if v.now.Rip != v.slot+places.ran {
 		if err := v.arm(0); err != nil {
 			return err
@@ -463,14 +500,26 @@ func (v *visit) resume(sig unix.Signal) (Stop, error) {
 	if err := cont(sig); err != nil {
 		return Stop{}, err
 	}
+	if v.running != nil {
+		if err := v.feed(v.running); err != nil {
+			_, stopping := v.interrupted(patience)
+			return Stop{}, errors.Join(err, stopping)
+		}
+	}
 	s, err := v.await(patience)
 	if errors.Is(err, ErrNoStop) {
-		if err = v.Interrupt(); err == nil {
-			s, err = v.await(patience)
-		}
+		s, err = v.interrupted(patience)
 	}
 	v.stepping = s.Syscall()
 	return s, err
+}
+
+// interrupted stops the thread wherever it is.
+func (v *visit) interrupted(limit time.Duration) (Stop, error) {
+	if err := v.Interrupt(); err != nil {
+		return Stop{}, err
+	}
+	return v.await(limit)
 }
 
 // rest moves the thread from a stop at a call's exit to one in the kernel's

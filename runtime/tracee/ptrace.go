@@ -64,7 +64,8 @@ type Thread struct {
 	Tid int // as the tracer's pid namespace numbers it
 	Pid int // of its thread group
 
-	filtered bool // its seccomp filter applies to our calls too
+	filtered bool     // its seccomp filter applies to our calls too
+	filters  []Filter // see Filters
 }
 
 func ptrace(request, tid int, addr, data uintptr) (uintptr, error) {

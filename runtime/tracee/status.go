@@ -20,10 +20,11 @@ type status struct {
 	ids
 	caught  uint64 // signals with a handler
 	pending uint64 // of the thread and of its group
-	seccomp bool
+	seccomp string // its mode: 0, 1 strict, 2 filter
 }
 
 func readStatus(pid, tid int) (st status, err error) {
+	st.seccomp = "0" // a kernel without
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", pid, tid))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return st, fmt.Errorf("%w: %w", ErrGone, err)
@@ -46,7 +47,7 @@ func readStatus(pid, tid int) (st status, err error) {
 		case "SigCgt":
 			st.caught, err = strconv.ParseUint(value, 16, 64)
 		case "Seccomp":
-			st.seccomp = value != "0"
+			st.seccomp = value
 		}
 		if err != nil {
 			return st, fmt.Errorf("status of task %d: %s: %w", tid, key, err)

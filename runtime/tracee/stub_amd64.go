@@ -14,6 +14,16 @@ const (
 // entrySize is the size of one entry of a batch as serviceBatch walks it.
 const entrySize = 72
 
+// The flags of an entry, and where they and the result are in it.
+const (
+	entryTolerate = 1
+	entryGuarded  = 2 // wait for the next flag
+	entryOpen     = 4
+
+	entryRet   = 56
+	entryFlags = 64
+)
+
 func serviceText() (start, end uintptr)
 
 func serviceCode() []byte {
@@ -35,7 +45,7 @@ func (b *Batch) encode(dst []byte, data uint64) {
 		binary.LittleEndian.PutUint64(e[56:], 0)
 		var flags uint64
 		if c.Tolerate {
-			flags = 1
+			flags = entryTolerate
 		}
 		binary.LittleEndian.PutUint64(e[64:], flags)
 	}
