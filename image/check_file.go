@@ -3,6 +3,9 @@ package image
 import (
 	"errors"
 	"fmt"
+	"path"
+	"slices"
+	"strings"
 )
 
 // part is one of the parts a File may carry for its kind.
@@ -54,6 +57,9 @@ func (b *builder) checkFile(f *File) error {
 	case f.Kind == KindProc && f.Pid < 0:
 		return fmt.Errorf("pid %d is negative", f.Pid)
 	}
+	if err := b.checkRemoved(f); err != nil {
+		return err
+	}
 	switch want {
 	case partPipe:
 		return need[Pipe](b, f.Pipe, "pipe")
@@ -67,6 +73,24 @@ func (b *builder) checkFile(f *File) error {
 		return checkSocket(f.Socket)
 	}
 	return nil
+}
+
+// checkRemoved checks that a file that has lost its name is of the kind that
+// was opened.
+func (b *builder) checkRemoved(f *File) error {
+	if f.Removed == 0 {
+		return nil
+	}
+	inode := b.Removed(f.Removed)
+	if inode == nil {
+		return fmt.Errorf("reference %d names no file without a name", f.Removed)
+	}
+	format := inode.Mode & formatMask
+	switch {
+	case f.Kind == KindRegular && format == formatFile, f.Kind == KindDirectory && format == formatDir, f.Kind == KindPath:
+		return nil
+	}
+	return fmt.Errorf("an open file of kind %s with a file of mode %#o", f.Kind, inode.Mode)
 }
 
 // onlyPart checks that a file carries the part its kind needs and no other.
@@ -134,9 +158,35 @@ func (b *builder) checkFiles(f *Files) error {
 	return nil
 }
 
-func checkFS(f *FS) error {
+func (b *builder) checkFS(f *FS) error {
 	if f.Umask > 0o777 {
 		return fmt.Errorf("umask %#o", f.Umask)
+	}
+	for _, ref := range []Ref{f.CwdRemoved, f.RootRemoved} {
+		if inode := b.Removed(ref); ref != 0 && (inode == nil || inode.Mode&formatMask != formatDir) {
+			return fmt.Errorf("reference %d names no directory", ref)
+		}
+	}
+	return nil
+}
+
+func checkRemovedFile(i *Removed) error {
+	format := i.Mode & formatMask
+	switch {
+	case i.Mode&^uint32(formatMask|0o7777) != 0:
+		return fmt.Errorf("mode %#o", i.Mode)
+	case !slices.Contains([]uint32{formatDir, formatFile, formatLink, formatFifo, formatSock}, format):
+		return fmt.Errorf("a file without a name whose mode is %#o is not known to this program", i.Mode)
+	case !strings.HasPrefix(i.Path, "/") || path.Clean(i.Path) != i.Path || i.Link != "" && !strings.HasPrefix(i.Link, "/"):
+		return fmt.Errorf("path %s is not absolute, or not the shortest", quote(i.Path))
+	case i.Path == "/" && !i.Unnamed:
+		return errors.New("the root directory has no name to lose")
+	case i.Size < 0 || i.Size != 0 && (format != formatFile || i.Link != ""):
+		return fmt.Errorf("size %d of a file that has none", i.Size)
+	case (i.Unnamed || i.Link != "") && format != formatFile:
+		return errors.New("only a regular file can have no or another name")
+	case (i.Target != "") != (format == formatLink):
+		return errors.New("a symbolic link without a target, or a target of another file")
 	}
 	return nil
 }
@@ -191,12 +241,12 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 		if offset != next {
 			return fmt.Errorf("bytes of pipe #%d at %d do not follow those before, which end at %d", ref, offset, next)
 		}
-	case *File:
+	case *Removed:
 		size = uint64(o.Size)
 	case *Inode:
 		size = o.Size
 	default:
-		return fmt.Errorf("reference %d names no pipe or file", ref)
+		return fmt.Errorf("reference %d names no pipe or file without a name", ref)
 	}
 	switch {
 	case n == 0:

@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
 
 	tasks     map[int32]*Task
 	processes map[int32]*Process // by pid
@@ -43,6 +43,9 @@ func (h *Head) Pipe(ref Ref) *Pipe { return object[Pipe](h, ref) }
 
 // Inode returns the inode ref, or nil if there is none.
 func (h *Head) Inode(ref Ref) *Inode { return object[Inode](h, ref) }
+
+// Removed returns the file without a name ref, or nil if there is none.
+func (h *Head) Removed(ref Ref) *Removed { return object[Removed](h, ref) }
 
 // MM returns the address space ref, or nil if there is none.
 func (h *Head) MM(ref Ref) *MM { return object[MM](h, ref) }
@@ -173,7 +176,9 @@ func (b *builder) check(v any) error {
 	case *Files:
 		return b.checkFiles(v)
 	case *FS:
-		return checkFS(v)
+		return b.checkFS(v)
+	case *Removed:
+		return checkRemovedFile(v)
 	case *Pipe:
 		return checkPipe(v)
 	case *Pty:

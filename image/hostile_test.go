@@ -251,6 +251,19 @@ func TestBadObjects(t *testing.T) {
 		want   string
 		damage func(r *sampleRecord) bool
 	}{
+		{"names no file without a name", on(func(f *File) bool { f.Removed = refStdin; return f.Kind == KindRegular })},
+		{"with a file of mode", on(func(f *File) bool { f.Kind = KindDirectory; return f.Removed != 0 })},
+		{"mode 01100640", on(func(i *Removed) bool { i.Mode = 0o1100640; return true })},
+		{"is not known", on(func(i *Removed) bool { i.Mode = 0o060600; return true })},
+		{"not absolute", on(func(i *Removed) bool { i.Path = "/var/../etc/passwd"; return true })},
+		{"not absolute", on(func(i *Removed) bool { i.Path = "log"; return true })},
+		{"not absolute", on(func(i *Removed) bool { i.Link = "log"; return true })},
+		{"no name to lose", on(func(i *Removed) bool { i.Path = "/"; return true })},
+		{"that has none", on(func(i *Removed) bool { i.Size = -1; return true })},
+		{"that has none", on(func(i *Removed) bool { i.Mode = 0o040755; return true })},
+		{"only a regular", on(func(i *Removed) bool { i.Mode, i.Size, i.Unnamed = 0o040755, 0, true; return true })},
+		{"without a target", on(func(i *Removed) bool { i.Mode, i.Size = 0o120777, 0; return true })},
+		{"names no directory", on(func(f *FS) bool { f.CwdRemoved = refGone; return true })},
 		{"names no pipe", on(func(f *File) bool { f.Pipe = refStdin; return f.Kind == KindPipe })},
 		{"names no pipe", on(func(f *File) bool { f.Pipe = refMMInit; return f.Kind == KindPipe })},
 		{`kind "drum" is not known`, on(func(f *File) bool { f.Kind = "drum"; return true })},
@@ -533,16 +546,16 @@ func TestBadContents(t *testing.T) {
 		"4097 runs":           func(f *forge) error { return f.bulk(TypePages, refMMInit, Pages{make([]Run, 4097)}, nil) },
 		"do not follow those": func(f *forge) error { return f.bulk(TypeBytes, refPipe, Bytes{1}, []byte("ello")) },
 		"outside object #4":   func(f *forge) error { return f.bulk(TypeBytes, refPipe, Bytes{}, []byte("hello, world")) },
-		"outside object #11":  func(f *forge) error { return f.bulk(TypeBytes, refLog, Bytes{^uint64(0)}, []byte("x")) },
-		"it has no bytes":     func(f *forge) error { return f.bulk(TypeBytes, refLog, Bytes{}, nil) },
+		"outside object #11":  func(f *forge) error { return f.bulk(TypeBytes, refGone, Bytes{^uint64(0)}, []byte("x")) },
+		"it has no bytes":     func(f *forge) error { return f.bulk(TypeBytes, refGone, Bytes{}, nil) },
 		"stand twice": func(f *forge) error {
-			return errors.Join(f.bulk(TypeBytes, refLog, Bytes{}, []byte("xy")), f.bulk(TypeBytes, refLog, Bytes{1}, []byte("z")))
+			return errors.Join(f.bulk(TypeBytes, refGone, Bytes{}, []byte("xy")), f.bulk(TypeBytes, refGone, Bytes{1}, []byte("z")))
 		},
-		"has no header":            func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 2}); return nil },
-		"its header of 4294967295": func(f *forge) error { f.raw(TypeBytes, refLog, []byte{255, 255, 255, 255}); return nil },
-		"its header of 9 bytes":    func(f *forge) error { f.raw(TypeBytes, refLog, []byte{9, 0, 0, 0, 1}); return nil },
-		"too few or too many":      func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 0, 0, 0, 0xa0, 7}); return nil },
-		"bad CBOR":                 func(f *forge) error { f.raw(TypeBytes, refLog, []byte{1, 0, 0, 0, 0xff}); return nil },
+		"has no header":            func(f *forge) error { f.raw(TypeBytes, refGone, []byte{1, 2}); return nil },
+		"its header of 4294967295": func(f *forge) error { f.raw(TypeBytes, refGone, []byte{255, 255, 255, 255}); return nil },
+		"its header of 9 bytes":    func(f *forge) error { f.raw(TypeBytes, refGone, []byte{9, 0, 0, 0, 1}); return nil },
+		"too few or too many":      func(f *forge) error { f.raw(TypeBytes, refGone, []byte{1, 0, 0, 0, 0xa0, 7}); return nil },
+		"bad CBOR":                 func(f *forge) error { f.raw(TypeBytes, refGone, []byte{1, 0, 0, 0, 0xff}); return nil },
 	} {
 		t.Run(want, func(t *testing.T) {
 			f := newForge()
@@ -564,7 +577,7 @@ func TestFillMustBeZero(t *testing.T) {
 	payload := append([]byte{byte(len(head)), 0, 0, 0}, head...)
 	payload = append(payload, make([]byte, gap)...)
 	payload[len(payload)-1] = 1
-	f.raw(TypeBytes, refLog, append(payload, "raw"...))
+	f.raw(TypeBytes, refGone, append(payload, "raw"...))
 	refused(t, f.image(), "bytes between its parts are not zero")
 }
 

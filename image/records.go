@@ -37,6 +37,7 @@ const (
 	TypePipe      Type = 304
 	TypePty       Type = 305
 	TypeInode     Type = 306
+	TypeRemoved   Type = 307
 	TypeMM        Type = 401
 	TypeShmem     Type = 402
 	TypePages     Type = 403
@@ -422,6 +423,9 @@ type FS struct {
 	Cwd   string `cbor:"1,keyasint"`
 	Root  string `cbor:"2,keyasint"`
 	Umask uint32 `cbor:"3,keyasint"`
+	// The directories themselves, where their paths do not name them any more.
+	CwdRemoved  Ref `cbor:"4,keyasint,omitempty"`
+	RootRemoved Ref `cbor:"5,keyasint,omitempty"`
 }
 
 // Files is one descriptor table.
@@ -476,6 +480,25 @@ type File struct {
 	Pid      int32     `cbor:"16,keyasint,omitempty"` // proc: the process the path is below
 	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it was opened on, Container.Mounts
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
+	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
+}
+
+// Removed is a file or directory that open files, mappings and tasks still hold
+// under a name that it has lost. The bytes of a regular one follow as TypeBytes
+// records of the same reference in the contents section; what they leave out
+// are holes.
+type Removed struct {
+	Path    string `cbor:"1,keyasint"` // the name it had; for an unnamed one the directory it was made in
+	Mode    uint32 `cbor:"2,keyasint"` // st_mode
+	UID     uint32 `cbor:"3,keyasint,omitempty"`
+	GID     uint32 `cbor:"4,keyasint,omitempty"`
+	Size    int64  `cbor:"5,keyasint,omitempty"`
+	Mtime   int64  `cbor:"6,keyasint,omitempty"`  // nanoseconds
+	Atime   int64  `cbor:"7,keyasint,omitempty"`  // nanoseconds
+	Opener  int32  `cbor:"8,keyasint,omitempty"`  // pid of a task that holds it, whose credentials make it
+	Unnamed bool   `cbor:"9,keyasint,omitempty"`  // open(2) with O_TMPFILE
+	Link    string `cbor:"10,keyasint,omitempty"` // a name that it still has: no bytes follow
+	Target  string `cbor:"11,keyasint,omitempty"` // of a symbolic link
 }
 
 // Pipe is the buffer behind the ends of a pipe or fifo. Its bytes follow as

@@ -25,6 +25,7 @@ const (
 	refEpoll
 	refEvent
 	refSocket
+	refGone
 	refLog
 	refPty
 	refTTY
@@ -120,7 +121,8 @@ func sampleObjects() []sampleRecord {
 		{TypeFile, File{Kind: KindEpoll, Flags: 2, Epoll: &Epoll{[]EpollEntry{{FD: 3, File: refReader, Events: 1, Data: 99}}}}},
 		{TypeFile, File{Kind: KindEventfd, Flags: 2, Eventfd: &Eventfd{Count: 3}}},
 		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afInet, Type: 1, Listening: true, Backlog: 128, Address: append(address, 10, 0, 0, 2)}}},
-		{TypeFile, File{Kind: KindRegular, Flags: 0o2001, Path: "/var/log/\xff\x1b]0;evil\x07", Pos: 70, Size: 8192}},
+		{TypeRemoved, Removed{Path: "/var/log/\xff\x1b]0;evil\x07", Mode: 0o100640, Size: 8192, Opener: 7}},
+		{TypeFile, File{Kind: KindRegular, Flags: 0o2001, Path: "/var/log/\xff\x1b]0;evil\x07", Pos: 70, Size: 8192, Removed: refGone}},
 		{TypePty, Pty{Index: 1, Termios: make([]byte, 44), Session: 7, Mode: 0o620}},
 		{TypeFile, File{Kind: KindTTY, Flags: 2, Path: "/dev/pts/1", Pipe: refPty}},
 		{TypeFiles, Files{[]Descriptor{{0, refStdin, false}, {3, refReader, true}, {4, refEpoll, true}, {6, refSocket, false}}}},
@@ -155,7 +157,7 @@ func sampleContents() []Content {
 		{Type: TypePages, Ref: refMMChild, Runs: []Run{{Addr: areaHeap, Count: 4}, {Addr: areaHeap + 0x4000, Count: 1, Borrowed: true}}, Raw: page('b', 4)},
 		{Type: TypePages, Ref: refShmem, Runs: []Run{{Addr: 0x1000, Count: 1}}, Raw: page('c', 1)},
 		{Type: TypeBytes, Ref: refPipe, Raw: []byte("hello")},
-		{Type: TypeBytes, Ref: refLog, Offset: 4000, Raw: page('d', 1)},
+		{Type: TypeBytes, Ref: refGone, Offset: 4000, Raw: page('d', 1)},
 		{Type: TypeBytes, Ref: refTmpFile, Offset: 8990, Raw: []byte("the end.\n")},
 	}
 }

@@ -405,6 +405,9 @@ func target(h *Head, f *File) string {
 	case KindStdio:
 		return [...]string{"standard input", "standard output", "standard error"}[f.Stdio]
 	}
+	if f.Removed != 0 {
+		return f.Path + " (deleted)"
+	}
 	return f.Path
 }
 

@@ -43,6 +43,7 @@ var types = map[Type]typeInfo{
 	TypePipe:      {"pipe", sectionObjects, true, reflect.TypeFor[Pipe](), 0},
 	TypePty:       {"pty", sectionObjects, true, reflect.TypeFor[Pty](), 0},
 	TypeInode:     {"inode", sectionObjects, true, reflect.TypeFor[Inode](), sizeOf[Xattr]()},
+	TypeRemoved:   {"removed", sectionObjects, true, reflect.TypeFor[Removed](), 0},
 	TypeMM:        {"mm", sectionObjects, true, reflect.TypeFor[MM](), sizeOf[Area]()},
 	TypeShmem:     {"shmem", sectionObjects, true, reflect.TypeFor[Shmem](), 0},
 	TypeSighand:   {"sighand", sectionObjects, true, reflect.TypeFor[Sighand](), sizeOf[SigAction]()},

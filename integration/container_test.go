@@ -486,6 +486,9 @@ func (c *container) mustBeGone() {
 func (c *container) mustBe(status specs.ContainerState) {
 	c.t.Helper()
 	if got := c.state().Status; got != status {
+		if c.report != "" {
+			c.rounds() // may tell why
+		}
 		c.t.Fatalf("the container is %s, not %s", got, status)
 	}
 }

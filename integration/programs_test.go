@@ -36,6 +36,10 @@ var programs = []program{
 	{name: "signals", options: []option{withArgs("/bin/signals", "handlers", "pending", "itimers", "posix", "standers")}},
 	{name: "terminal", options: []option{withArgs("/bin/terminal")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "nameless", options: []option{withArgs("/bin/nameless")}, connect: "nameless.connect"},
+	{name: "overlay", options: []option{
+		withReport("nameless"), withHostPrograms(), withArgs("/out/bin/nameless", "overlay"),
+	}},
 	{name: "creds", options: []option{
 		withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),
@@ -71,6 +75,7 @@ var sleeps = []string{
 var mapped = []program{
 	{name: "tree", options: []option{withUserNamespace(), withArgs("/bin/tree.sh")}},
 	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
+	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
 	{name: "creds", options: []option{

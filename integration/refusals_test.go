@@ -106,6 +106,30 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
+// TestRemovedReadOnly removes a file from outside of a mount that the container
+// may only read: it cannot be made again where it was, and memory takes its place.
+func TestRemovedReadOnly(t *testing.T) {
+	var host string
+	c := newContainer(t, withReport("tree"), withArgs("sh", "-c", "exec 9</host/lib; exec /bin/tree.sh"),
+		func(c *container, spec *specs.Spec) {
+			host = filepath.Join(c.dir, "host")
+			c.must(os.Mkdir(host, 0o755))
+			c.must(os.WriteFile(filepath.Join(host, "lib"), []byte("gone from here"), 0o644))
+			spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/host", Source: host, Type: "bind", Options: []string{"bind", "ro"}})
+		}).run()
+	c.progress(10)
+	c.must(os.Remove(filepath.Join(host, "lib")))
+	for range 2 {
+		cycle(c, 1)
+		if got := c.exec("cat", "/proc/1/fd/9"); got != "gone from here" {
+			t.Fatalf("the removed file holds %q", got)
+		}
+	}
+	if entries, err := os.ReadDir(host); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
 // TestRefusedRestore offers restore what it must not take. Nothing may be left
 // of the attempts, which leakCheck sees to, and the true image must still work
 // afterwards.

@@ -98,7 +98,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	n.files = file.NewSet(file.Env{
-		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared,
+		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
 		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named,
 	})
 	n.nested = namespace.NewSet(namespace.Env{

@@ -295,7 +295,7 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
-	var size int64
+	size := n.files.Weight()
 	for _, t := range n.memory {
 		size += t.Used
 	}
@@ -516,7 +516,7 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
 	}
 	if err == nil {
-		err = k.census.files.Contents(k.w)
+		err = k.census.files.Contents(k.w, save.Progress)
 	}
 	if err == nil && !k.LeaveRunning {
 		err = k.lateSignals()

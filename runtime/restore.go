@@ -216,6 +216,7 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
+	r.maker.Warn = r.Log.Warn
 	if err := r.maker.Start(); err != nil {
 		return err
 	}
@@ -475,7 +476,7 @@ func (r *restore) put(c *image.Content) error {
 		return r.memory.Fill(c.Ref, c.Offset, c.Raw)
 	}
 	if c.Type == image.TypeBytes {
-		return r.maker.Fill(c.Ref, c.Raw)
+		return r.maker.Fill(c.Ref, c.Offset, c.Raw)
 	}
 	return r.filler.Fill(c)
 }
@@ -537,6 +538,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	var b tracee.Batch
 	space := r.head.MM(t.MM)
 	if r.users.first(t.MM, "finish") {
+		if err := mm.Layout(&b, space, r.maker); err != nil {
+			return err
+		}
 		if err := r.filler.Protect(s, &b, t.MM, space); err != nil {
 			return err
 		}

@@ -8,7 +8,6 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
-	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -221,27 +220,27 @@ func (r *restore) openTables(t *image.Task, threads []*tracee.Stub, steps []thre
 // completeTables adds the calls after which the tables of a task are as they are
 // to be, if it is the last to use them.
 func (r *restore) completeTables(b *tracee.Batch, t *image.Task) {
+	if r.users.done(t.FS) { // through what stands in the table
+		r.maker.RestoreFS(b, r.head.FS(t.FS))
+	}
 	if r.users.done(t.Files) {
 		r.maker.CloseTable(b)
-	}
-	if r.users.done(t.FS) {
-		file.RestoreFS(b, r.head.FS(t.FS))
 	}
 }
 
 // completeAll does so for a task with threads that have tables of their own.
 func (r *restore) completeAll(t *image.Task, threads []*tracee.Stub) error {
-	for i, s := range threads {
+	for i, s := range slices.Backward(threads) { // the leader closes the table of most
 		var b tracee.Batch
 		th := &t.Threads[i]
-		if i == 0 {
-			r.completeTables(&b, t)
+		if th.FS != 0 && r.users.first(th.FS, "finish") {
+			r.maker.RestoreFS(&b, r.head.FS(th.FS))
 		}
 		if th.Files != 0 && r.users.first(th.Files, "finish") {
 			r.maker.CloseTable(&b)
 		}
-		if th.FS != 0 && r.users.first(th.FS, "finish") {
-			file.RestoreFS(&b, r.head.FS(th.FS))
+		if i == 0 {
+			r.completeTables(&b, t)
 		}
 		if _, err := s.Run(&b); err != nil {
 			return fail.On(fmt.Sprintf("thread %d", th.Tid), err)

@@ -33,7 +33,15 @@ func stubIdentity(s *tracee.Stub) (Identity, error) {
 
 // opener is the identity of a task that holds a file.
 func (m *Maker) opener(f *image.File) Identity {
-	t := m.head.Task(f.Opener)
+	if inode := m.head.Removed(f.Removed); inode != nil && inode.Link == "" {
+		return m.self // nobody else has it
+	}
+	return m.identityOf(f.Opener)
+}
+
+// identityOf is the identity of a task.
+func (m *Maker) identityOf(pid int32) Identity {
+	t := m.head.Task(pid)
 	if t == nil { // mapped files: any task may have them mapped
 		return m.bundle
 	}

@@ -25,6 +25,7 @@ import (
 // table); below, the maker's own descriptors are free for use.
 type Maker struct {
 	Realtime int64 // CLOCK_REALTIME of the checkpoint, nanoseconds
+	Warn     func(msg string, args ...any)
 
 	head     *image.Head
 	bundle   Identity
@@ -43,6 +44,10 @@ type Maker struct {
 	readonly map[image.Ref]int // of segments, where they are mapped so
 	taken    map[image.Ref]bool
 	late     map[image.Ref]*os.File
+	anchors  map[image.Ref]int // files without a name
+	unnamed  map[image.Ref]int // of them, the descriptions that made those of O_TMPFILE
+	filling  image.Ref         // the one that is being filled, through file
+	file     *os.File
 }
 
 type madePipe struct {
@@ -65,7 +70,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 	m := &Maker{
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
-		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{},
+		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, unnamed: map[image.Ref]int{},
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
@@ -137,6 +142,9 @@ func (m *Maker) Start() (err error) {
 
 // Make opens everything.
 func (m *Maker) Make() error {
+	if err := m.makeRemoved(); err != nil {
+		return err
+	}
 	if err := m.buffers(); err != nil {
 		return err
 	}
@@ -613,7 +621,7 @@ func (m *Maker) numbers() []int {
 	for _, p := range m.pipes {
 		all = append(all, p.fd[:]...)
 	}
-	for _, segments := range []map[image.Ref]int{m.segments, m.readonly} {
+	for _, segments := range []map[image.Ref]int{m.segments, m.readonly, m.anchors, m.unnamed} {
 		for _, fd := range segments {
 			all = append(all, fd)
 		}
@@ -622,10 +630,15 @@ func (m *Maker) numbers() []int {
 	return slices.Compact(all)
 }
 
-// Seal gives shared memory its size to the byte, which filling it by the page
-// has rounded up, and memfds their seals (fcntl(2)).
+// Seal ends the filling: shared memory gets its size to the byte, which filling
+// it by the page has rounded up, memfds their seals (fcntl(2)), and files without
+// a name their times.
 func (m *Maker) Seal() error {
+	if err := m.endFilling(); err != nil {
+		return err
+	}
 	var b tracee.Batch
+	m.stamp(&b)
 	for _, ref := range Refs(m.head) {
 		rec, ok := m.head.Objects[ref].(*image.Shmem)
 		if ok && rec.Size%mm.PageSize != 0 {
@@ -636,13 +649,17 @@ func (m *Maker) Seal() error {
 		}
 	}
 	if _, err := m.stub.Run(&b); err != nil {
-		return fmt.Errorf("size and seals of shared memory: %w", err)
+		return fmt.Errorf("size, seals and times of files in memory and without a name: %w", err)
 	}
 	return nil
 }
 
-// Fill puts bytes back into a pipe. The maker still holds both its ends.
-func (m *Maker) Fill(ref image.Ref, data []byte) error {
+// Fill puts bytes back into a pipe, of which the maker still holds both ends, or
+// a file without a name.
+func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
+	if _, ok := m.anchors[ref]; ok {
+		return m.fillRemoved(ref, offset, data)
+	}
 	p := m.pipes[ref]
 	if p == nil {
 		return fmt.Errorf("contents for object %d, which is no pipe", ref)
@@ -782,13 +799,22 @@ func (m *Maker) Close() {
 	for _, f := range m.late {
 		_ = f.Close()
 	}
+	_ = m.endFilling()
 }
 
 // RestoreFS adds the calls that put a stub where its process stood. The root
 // comes last: it is a path from the container's root too.
-func RestoreFS(b *tracee.Batch, fs *image.FS) {
-	b.Add(unix.SYS_CHDIR, b.String(fs.Cwd))
-	if fs.Root != "/" {
+func (m *Maker) RestoreFS(b *tracee.Batch, fs *image.FS) {
+	if fs.RootRemoved != 0 {
+		b.Add(unix.SYS_FCHDIR, tracee.W(m.anchors[fs.RootRemoved]))
+		b.Add(unix.SYS_CHROOT, b.String("."))
+	}
+	if fs.CwdRemoved != 0 {
+		b.Add(unix.SYS_FCHDIR, tracee.W(m.anchors[fs.CwdRemoved]))
+	} else {
+		b.Add(unix.SYS_CHDIR, b.String(fs.Cwd))
+	}
+	if fs.RootRemoved == 0 && fs.Root != "/" {
 		b.Add(unix.SYS_CHROOT, b.String(fs.Root))
 	}
 	b.Add(unix.SYS_UMASK, tracee.W(fs.Umask))

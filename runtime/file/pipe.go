@@ -110,9 +110,12 @@ func (p *pipe) outside() error {
 	return nil
 }
 
-// Contents saves what lies in the pipes. tee(2) copies a pipe's buffers into
+// Contents saves what lies in the pipes and in files without a name. tee(2) copies a pipe's buffers into
 // another pipe and leaves them where they are.
-func (s *Set) Contents(w *image.Writer) error {
+func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
+	if err := s.saveRemoved(w, progress); err != nil {
+		return err
+	}
 	for _, p := range s.order {
 		if p.record.Length == 0 {
 			continue

@@ -1,6 +1,7 @@
 package file
 
 import (
+	"encoding/binary"
 	"slices"
 	"strings"
 
@@ -15,17 +16,53 @@ import (
 // must neither create nor truncate it.
 const creationFlags = unix.O_CREAT | unix.O_EXCL | unix.O_TRUNC | unix.O_NOCTTY | unix.O_NOFOLLOW
 
-// openPath adds the open of a recorded path. O_NOFOLLOW: the kernel gave us
-// the path without links, a link in its place now is another file.
+// openFlags are the flags of open(2) that a description goes on having. O_ASYNC
+// has to be set by fcntl(2); O_DIRECTORY and O_TMPFILE make the open another one.
+const openFlags = unix.O_ACCMODE | unix.O_APPEND | unix.O_NONBLOCK | unix.O_SYNC | unix.O_DIRECT | kernelLargefile | unix.O_NOATIME | unix.O_PATH
+
+// kernelLargefile is O_LARGEFILE as fdinfo shows it; to user space of 64 bits it
+// is 0.
+const kernelLargefile = 0o100000
+
+// openPath adds the open of a recorded path. RESOLVE_NO_SYMLINKS: the kernel
+// gave us the path without links, and a link in its place now leads to another
+// file. O_NOFOLLOW is for the links that were themselves opened.
 func openPath(b *tracee.Batch, path string, flags uint32) int {
-	return b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String(path),
-		tracee.W(flags&^creationFlags|unix.O_NOFOLLOW|unix.O_NOCTTY|unix.O_CLOEXEC))
+	flags = flags&(openFlags|unix.O_DIRECTORY) | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	if flags&unix.O_PATH != 0 { // openat2(2) wants no others
+		flags &= unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	} else {
+		flags |= unix.O_NOCTTY
+	}
+	var how []byte
+	for _, v := range []uint64{uint64(flags), 0, unix.RESOLVE_NO_SYMLINKS} {
+		how = binary.LittleEndian.AppendUint64(how, v)
+	}
+	return b.Add(unix.SYS_OPENAT2, tracee.W(unix.AT_FDCWD), b.String(path), b.Put(how), tracee.W(len(how)))
 }
 
 func seek(_ *Maker, b *tracee.Batch, fd int, f *image.File) {
 	if f.Pos != 0 {
 		b.Add(unix.SYS_LSEEK, tracee.W(fd), tracee.W(f.Pos), tracee.W(unix.SEEK_SET))
 	}
+}
+
+// name finds the path of a description, or the file that has none.
+func (s *Set) name(d *Description) error {
+	path, gone, err := s.locate(d.seen.link, &d.seen.stat, d.seen.path())
+	d.Record.Path = path
+	d.take(gone)
+	return err
+}
+
+func openNamed(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
+	switch {
+	case f.Removed != 0:
+		return m.openRemoved(b, f), nil
+	case f.Kind == image.KindDirectory:
+		return openPath(b, f.Path, f.Flags|unix.O_DIRECTORY), nil
+	}
+	return openPath(b, f.Path, f.Flags&^unix.O_DIRECTORY), nil
 }
 
 // regular is a file with a name on some file system.
@@ -36,17 +73,12 @@ var regular = kind{
 		if s.external(d.seen) {
 			return fail.Refuse("", "the file lies outside the container", "close it before the checkpoint")
 		}
-		if unlinked(d.seen) {
-			return fail.Refuse("", "the file was deleted while open; deleted files are not supported yet", "close it before the checkpoint")
-		}
 		st := &d.seen.stat
-		d.Record.Kind, d.Record.Path = image.KindRegular, d.seen.link
+		d.Record.Kind = image.KindRegular
 		d.Record.Size, d.Record.Mtime, d.Record.Mode = st.Size, st.Mtim.Nano(), st.Mode
-		return s.resolves(d.seen.link, st)
+		return s.name(d)
 	},
-	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
-		return openPath(b, f.Path, f.Flags), nil
-	},
+	open:   openNamed,
 	finish: seek,
 }
 
@@ -61,12 +93,10 @@ var directory = kind{
 		if s.external(d.seen) {
 			return fail.Refuse("", "the directory lies outside the container", "close it before the checkpoint")
 		}
-		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindDirectory, d.seen.link, d.seen.stat.Mode
-		return s.resolves(d.seen.link, &d.seen.stat)
+		d.Record.Kind, d.Record.Mode = image.KindDirectory, d.seen.stat.Mode
+		return s.name(d)
 	},
-	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
-		return openPath(b, f.Path, f.Flags|unix.O_DIRECTORY), nil
-	},
+	open:   openNamed,
 	finish: seek,
 }
 
@@ -78,12 +108,10 @@ var pathKind = kind{
 		if s.external(d.seen) {
 			return fail.Refuse("", "the path lies outside the container", "close it before the checkpoint")
 		}
-		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindPath, d.seen.link, d.seen.stat.Mode
-		return s.resolves(d.seen.link, &d.seen.stat)
+		d.Record.Kind, d.Record.Mode = image.KindPath, d.seen.stat.Mode
+		return s.name(d)
 	},
-	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
-		return openPath(b, f.Path, f.Flags), nil
-	},
+	open: openNamed,
 }
 
 // statelessDevices are those whose open descriptors hold nothing.

@@ -21,6 +21,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -132,6 +133,8 @@ type Set struct {
 	descs   []*Description
 	tables  []*Table
 	mapped  map[mappedKey]*object.Object
+	removed map[fileID]*removed
+	gone    []*removed       // in the order they were met
 	maps    []*object.Object // mapped files in the order they were met
 	ptys    map[int]*pty
 	// terminals are ptys in the order they were met.
@@ -152,6 +155,7 @@ type Env struct {
 	// Named finds a file of the container's own memory file systems by device
 	// and inode, "" if there is none.
 	Named func(dev, ino uint64) string
+	IDs   task.IDMaps
 }
 
 type mappedKey struct {
@@ -162,7 +166,7 @@ type mappedKey struct {
 
 // NewSet returns an empty set for a container.
 func NewSet(env Env) *Set {
-	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}, ptys: map[int]*pty{}}
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}}
 }
 
 // AddTable reads the descriptor table of a process.
@@ -191,7 +195,7 @@ func (s *Set) AddTable(p *Process) (*Table, error) {
 }
 
 func gone(pid int, err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
 		return fmt.Errorf("task %d: %w", pid, tracee.ErrGone)
 	}
 	return err
@@ -226,6 +230,7 @@ func (s *Set) Describe() error {
 	if err := s.readTerminals(); err != nil {
 		return err
 	}
+	s.findNames()
 	if err := s.checkPipes(); err != nil {
 		return err
 	}
@@ -243,7 +248,6 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Flags = d.seen.flags &^ unix.O_CLOEXEC
 	d.Record.Pos = d.seen.pos
 	d.Record.Opener = int32(d.seen.proc.Inner)
-	d.seen.link = s.name(d.seen.link, &d.seen.stat)
 	if d.seen.field("lock") != "" {
 		return fail.Refuse("", "a lock is held on it; file locks are not supported yet", "release it before the checkpoint")
 	}
@@ -316,6 +320,9 @@ func (t *Table) complete() {
 // written: buffers, mapped files, files, epolls behind what they watch, tables.
 func (s *Set) Objects() []*object.Object {
 	var out []*object.Object
+	for _, r := range s.gone {
+		out = append(out, &r.Object)
+	}
 	for _, p := range s.order {
 		out = append(out, &p.Object)
 	}
@@ -367,17 +374,16 @@ func (s *Set) fsType(one *seen) string {
 // resolves checks that path inside the container still names the file of st:
 // it has not been unlinked, renamed or covered by a mount since it was opened.
 func (s *Set) resolves(path string, st *unix.Stat_t) error {
-	if strings.HasSuffix(path, deletedSuffix) {
-		return fail.Refuse("", "the file was deleted while open; deleted files are not supported yet", "close it before the checkpoint")
-	}
 	now, err := s.lstat(path)
-	if err != nil {
+	switch {
+	case err == nil && now.Dev == st.Dev && now.Ino == st.Ino:
+		return nil
+	case strings.HasSuffix(path, deletedSuffix):
+		return fail.Refuse("", "a file of this kind that was deleted while open is not supported", "close it before the checkpoint")
+	case err != nil:
 		return fail.Refuse("", "its path cannot be reached in the container: "+err.Error(), "close it before the checkpoint")
 	}
-	if now.Dev != st.Dev || now.Ino != st.Ino {
-		return fail.Refuse("", "another file has taken its name since it was opened", "close it before the checkpoint")
-	}
-	return nil
+	return fail.Refuse("", "another file has taken its name since it was opened", "close it before the checkpoint")
 }
 
 // lstat looks at a path as the container's root sees it, whatever symbolic
@@ -399,15 +405,15 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	if err := unix.Stat(link, &st); err != nil {
 		return nil, gone(pid, err)
 	}
-	path = s.name(path, &st)
 	key := mappedKey{st.Dev, st.Ino, path, write}
 	if o := s.mapped[key]; o != nil {
 		return o, nil
 	}
-	if err := s.resolves(path, &st); err != nil {
+	name, gone, err := s.locate(path, &st, link)
+	if err != nil {
 		return nil, err
 	}
-	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: path, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode}
+	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: name, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode}
 	if write {
 		rec.Flags = unix.O_RDWR
 	}
@@ -418,6 +424,9 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 		}
 	}
 	o := &object.Object{Type: image.TypeFile, Record: rec}
+	if gone != nil {
+		o.Complete = func() { rec.Removed = gone.Ref }
+	}
 	s.mapped[key] = o
 	s.maps = append(s.maps, o)
 	return o, nil
@@ -438,44 +447,42 @@ func (s *Set) Removed(path, link string) bool {
 	return err == nil && dir.Dev == st.Dev
 }
 
-// Elsewhere reports whether link leads to a file that was removed under the name
-// it was opened by, and has another (mm.Files).
-func (s *Set) Elsewhere(link string) bool {
-	var st unix.Stat_t
-	return unix.Stat(link, &st) == nil && s.name(deletedSuffix, &st) != deletedSuffix
-}
-
-// name is a name that the file opened as path still has. C libraries make a
-// semaphore under a passing name and link(2) it to its own when it is ready.
-func (s *Set) name(path string, st *unix.Stat_t) string {
-	if strings.HasSuffix(path, deletedSuffix) && st.Nlink > 0 && s.Named != nil {
-		if now := s.Named(st.Dev, st.Ino); now != "" {
-			return now
-		}
-	}
-	return path
-}
-
 // FS reads where a process stands in the file system.
 func (s *Set) FS(pid int, umask uint32) (*object.Object, error) {
 	rec := &image.FS{Umask: umask}
-	for name, to := range map[string]*string{"cwd": &rec.Cwd, "root": &rec.Root} {
-		path, err := os.Readlink(fmt.Sprintf("/proc/%d/%s", pid, name))
-		if err != nil {
-			return nil, gone(pid, err)
-		}
-		if strings.HasSuffix(path, deletedSuffix) || !filepath.IsAbs(path) {
-			return nil, fail.Refuse(name+" "+path, "the directory was deleted", "change to another directory before the checkpoint")
-		}
-		var st unix.Stat_t
-		err = unix.Stat(fmt.Sprintf("/proc/%d/%s", pid, name), &st)
-		if err == nil {
-			err = s.resolves(path, &st)
-		}
-		if err != nil {
-			return nil, fail.On(name+" "+path, gone(pid, err))
-		}
-		*to = path
+	cwd, err := s.stands(pid, "cwd", &rec.Cwd)
+	if err != nil {
+		return nil, err
 	}
-	return &object.Object{Type: image.TypeFS, Record: rec}, nil
+	root, err := s.stands(pid, "root", &rec.Root)
+	if err != nil {
+		return nil, err
+	}
+	return &object.Object{Type: image.TypeFS, Record: rec, Complete: func() {
+		if cwd != nil {
+			rec.CwdRemoved = cwd.Ref
+		}
+		if root != nil {
+			rec.RootRemoved = root.Ref
+		}
+	}}, nil
+}
+
+// stands reads one of the directories that a process stands in.
+func (s *Set) stands(pid int, name string, path *string) (*removed, error) {
+	link := fmt.Sprintf("/proc/%d/%s", pid, name)
+	text, err := os.Readlink(link)
+	if err != nil {
+		return nil, gone(pid, err)
+	}
+	if !filepath.IsAbs(text) {
+		return nil, fail.Refuse(name+" "+text, "the directory cannot be reached from the container's root", "change to another directory before the checkpoint")
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil {
+		return nil, gone(pid, err)
+	}
+	at, r, err := s.locate(text, &st, link)
+	*path = at
+	return r, fail.On(name+" "+text, err)
 }

@@ -258,9 +258,6 @@ func Inherit(s *tracee.Stub, m, donor *image.MM, files Opened) (*Loan, error) {
 	if len(l.kept) == 0 {
 		return l, Rebuild(s, m, files)
 	}
-	if err := layout(s, m, -1); err != nil {
-		return nil, err
-	}
 	return l, mapAll(s, m, others, files)
 }
 

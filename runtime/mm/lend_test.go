@@ -111,6 +111,7 @@ func TestInherit(t *testing.T) {
 		must(t, tracee.ReadMemory(s.Pid, own, page))
 		must(t, tracee.WriteMemory(stub.Pid, own, page))
 		var b tracee.Batch
+		must(t, Layout(&b, space.Record, files))
 		must(t, f.Protect(stub, &b, ref, space.Record))
 		if _, err := stub.Run(&b); err != nil {
 			t.Fatal(err)

@@ -70,15 +70,6 @@ func Rebuild(s *tracee.Stub, m *image.MM, files Opened) error {
 	if _, err := s.Run(&b); err != nil {
 		return fmt.Errorf("clear the address space: %w", err)
 	}
-	// Now, for /proc/PID/exe does not change while the old one is mapped, even if
-	// it is the same file (replace_mm_exe_file in kernel/fork.c).
-	exe, err := files.FD(m.Exe)
-	if err != nil {
-		return fmt.Errorf("executable: %w", err)
-	}
-	if err := layout(s, m, exe); err != nil {
-		return err
-	}
 	return mapAll(s, m, m.Areas, files)
 }
 
@@ -186,11 +177,17 @@ var mapFlag = map[string]uint64{
 	"sf": unix.MAP_SHARED_VALIDATE | unix.MAP_SYNC, // of shared files only: the first includes MAP_SHARED
 }
 
-// layout tells the kernel where code, heap, stack and arguments lie, and what
-// /proc/PID/exe, auxv, cmdline and environ are to show (prctl(2) PR_SET_MM_MAP).
-// exe is a descriptor, or -1 if the executable is the right one already.
-func layout(s *tracee.Stub, m *image.MM, exe int) error {
-	var b tracee.Batch
+// Layout adds the call that tells the kernel where code, heap, stack and
+// arguments lie, and what /proc/PID/exe, auxv, cmdline and environ are to show
+// (prctl(2) PR_SET_MM_MAP). It comes late: from then on nobody can write to the
+// executable (ETXTBSY), so that one without a name must be filled before. Until
+// then it is the stub's, which nobody has mapped; while somebody has, it does not
+// change, even to the same file (replace_mm_exe_file in kernel/fork.c).
+func Layout(b *tracee.Batch, m *image.MM, files Opened) error {
+	exe, err := files.FD(m.Exe)
+	if err != nil {
+		return fmt.Errorf("executable: %w", err)
+	}
 	auxv := b.Put(m.Auxv)
 	var head []byte
 	for _, v := range m.Layout {
@@ -200,9 +197,6 @@ func layout(s *tracee.Stub, m *image.MM, exe int) error {
 	tail = binary.LittleEndian.AppendUint32(tail, uint32(exe))
 	at := b.PutPointer(head, auxv, tail...)
 	b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_MM), tracee.W(unix.PR_SET_MM_MAP), at, tracee.W(len(head)+8+len(tail)))
-	if _, err := s.Run(&b); err != nil {
-		return fmt.Errorf("layout of the address space: %w", err)
-	}
 	return nil
 }
 

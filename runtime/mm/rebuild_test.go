@@ -197,6 +197,7 @@ func TestScanAndRebuild(t *testing.T) {
 	f.Space(st.mm, s.Pid)
 	st.fill(t, f)
 	var b tracee.Batch
+	must(t, Layout(&b, space.Record, files))
 	must(t, f.Protect(s, &b, st.mm, space.Record))
 	if _, err := s.Run(&b); err != nil {
 		t.Fatal(err)
@@ -241,7 +242,6 @@ func (p *program) FD(file image.Ref) (int, error) {
 }
 
 func (p *program) Removed(string, string) bool { return false }
-func (p *program) Elsewhere(string) bool       { return false }
 
 func (p *program) SegmentFD(image.Ref, bool) (int, bool) { return 0, false }
 

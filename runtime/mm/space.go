@@ -25,9 +25,6 @@ type Files interface {
 	// Removed reports whether link leads to a file that was removed from a
 	// tmpfs of the container, where it was called path.
 	Removed(path, link string) bool
-	// Elsewhere reports whether link leads to a file that has a name left, if
-	// not the one by which it was opened.
-	Elsewhere(link string) bool
 }
 
 // Shared finds shared anonymous memory again that several address spaces map.
@@ -186,8 +183,6 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 		return nil, fail.Refuse("", "asynchronous I/O (io_setup) is not supported: the kernel does not tell whether requests are under way", "io_destroy the context before the checkpoint")
 	case strings.HasPrefix(m.name, "anon_inode:"):
 		return nil, fail.Refuse("", "a mapping of "+m.name+" is not supported", "close it before the checkpoint")
-	case m.deleted() && !files.Elsewhere(link):
-		return nil, fail.Refuse("", "the mapped file was deleted", "restart the task, which runs on a file that is gone")
 	case !strings.HasPrefix(m.name, "/"):
 		return nil, fail.Refuse("", "an unknown kind of mapping", "")
 	}
@@ -220,9 +215,6 @@ func (s *Space) readExe(files Files) error {
 	path, err := os.Readlink(link)
 	if err != nil {
 		return gone(s.Pid, err)
-	}
-	if strings.HasSuffix(path, deletedSuffix) {
-		return fail.Refuse(path, "the executable was deleted", "restart the task, which runs a program that is gone")
 	}
 	s.exe, err = files.Mapped(s.Pid, path, link, false)
 	return fail.On("executable "+path, err)

@@ -34,6 +34,23 @@ func toContainer(m []image.IDMap, host uint32) uint32 {
 	return overflowID
 }
 
+// Owner translates a file's owner and group as the host shows them. Ids that the
+// container does not have are all ones, which chown(2) takes for "as it is".
+func (m IDMaps) Owner(st *unix.Stat_t) (uid, gid uint32) {
+	inside := func(ids []image.IDMap, host uint32) uint32 {
+		for _, r := range ids {
+			if host >= r.Host && host-r.Host < r.Size {
+				return r.Container + host - r.Host
+			}
+		}
+		if len(ids) == 0 {
+			return host
+		}
+		return ^uint32(0)
+	}
+	return inside(m.UID, st.Uid), inside(m.GID, st.Gid)
+}
+
 // credentials reads a thread's credentials but for the securebits, which only
 // the thread itself can tell.
 func credentials(s *Status, maps IDMaps) image.Credentials {
