@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestTimeLeft checkpoints programs in the middle of calls that last seconds, so
-// often that a call that begins anew each time ends much too late, which the
+// TestTimeLeft checkpoints programs in the middle of calls that last seconds, with
+// and without success, so often that a call that begins anew each time ends much too late, which the
 // program notices. Where the kernel's memory cannot be read, none may end early
 // all the same, and the checkpoint says what it does not know.
 func TestTimeLeft(t *testing.T) {
@@ -36,6 +36,11 @@ func TestTimeLeft(t *testing.T) {
 				k.restore()
 			}
 			again()
+			t.Setenv(envFault, "commit:fail")
+			if r := k.ocickpt("checkpoint", "--image-path", k.newImage(), k.id); r.code == 0 {
+				t.Error("the checkpoint did not fail")
+			}
+			t.Setenv(envFault, "")
 			r := k.checkpoint("--leave-running")
 			warned := strings.Contains(r.stderr, "waits its full time again")
 			if warned != (c.noBPF != "") {
