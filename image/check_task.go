@@ -234,6 +234,32 @@ func checkPolicy(p *MemPolicy) error {
 	return nil
 }
 
+// checkVforks checks that who waits in vfork(2) waits for a child of its process
+// and in its address space, that has none itself, nor a group that others are in.
+func (b *builder) checkVforks() error {
+	waited := map[int32]bool{}
+	for _, t := range b.Tasks {
+		for i := range t.Threads {
+			pid := t.Threads[i].Vfork
+			if pid == 0 {
+				continue
+			}
+			child, p := b.tasks[pid], b.processes[pid]
+			if child == nil || waited[pid] || p.Ppid != t.Pid || child.MM != t.MM {
+				return fmt.Errorf("process %d: thread %d waits for process %d, which it cannot have vforked", t.Pid, t.Threads[i].Tid, pid)
+			}
+			waited[pid] = true
+		}
+	}
+	for i := range b.Tree.Processes {
+		p := &b.Tree.Processes[i]
+		if waited[p.Ppid] || p.Pid != p.Pgid && waited[p.Pgid] || p.Pid != p.Sid && waited[p.Sid] {
+			return fmt.Errorf("process %d: its parent, group or session is a process that another waits for in vfork", p.Pid)
+		}
+	}
+	return nil
+}
+
 func validFilter(f Filter) bool {
 	return len(f.Program) > 0 && len(f.Program) <= maxFilter && len(f.Program)%8 == 0
 }

@@ -245,7 +245,7 @@ func (b *builder) complete() error {
 			return fmt.Errorf("the image has no task record for process %d", p.Pid)
 		}
 	}
-	return nil
+	return b.checkVforks()
 }
 
 // finish checks what can be known only at the end of the contents.

@@ -329,6 +329,8 @@ func TestBadObjects(t *testing.T) {
 		{"of another address space", on(func(k *Task) bool { k.Sighand = refSighand; return k.MM == refMMChild })},
 		{"its own descriptor table or file system context", on(func(k *Task) bool { k.Threads[len(k.Threads)-1].FS = refPipe; return len(k.Threads) > 1 })},
 		{"its leader has other tables", on(func(k *Task) bool { k.Threads[0].Files = refFilesInit; return true })},
+		{"cannot have vforked", on(func(k *Task) bool { k.Threads[0].Vfork = 7; return k.Pid == 1 })},
+		{"cannot have vforked", on(func(k *Task) bool { k.Threads[0].Vfork = 99; return k.Pid == 1 })},
 		{"siginfo_t of 3 bytes", on(func(k *Task) bool { k.Pending = [][]byte{{1, 2, 3}}; return true })},
 		{"posix timer 4", on(func(k *Task) bool { k.Timers = append(k.Timers, k.Timers[0]); return true })},
 		{"posix timer 4", on(func(k *Task) bool { k.Timers[0].Deadline = -1; return true })},

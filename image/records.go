@@ -318,6 +318,7 @@ type Thread struct {
 	Files       Ref         `cbor:"30,keyasint,omitempty"` // not the process's but its own
 	FS          Ref         `cbor:"31,keyasint,omitempty"` // likewise
 	SemUndo     uint32      `cbor:"32,keyasint,omitempty"` // number of its semaphore undo list
+	Vfork       int32       `cbor:"33,keyasint,omitempty"` // pid of the child for which it waits in vfork(2)
 	Controls    Controls    `cbor:"40,keyasint"`
 	Policy      *MemPolicy  `cbor:"41,keyasint,omitempty"` // set_mempolicy(2)
 }

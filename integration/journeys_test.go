@@ -26,11 +26,12 @@ func TestJourney(t *testing.T) {
 }
 
 // TestJourneyCgroupV2 is the same on a pure cgroup v2, for programs that cover
-// the freezer: a tree, many threads and many sleeping system calls.
+// the freezer: a tree, many threads, many sleeping system calls and
+// parents in vfork.
 func TestJourneyCgroupV2(t *testing.T) {
 	onCgroupV2(t, func(t *testing.T) {
 		for _, p := range programs {
-			if slices.Contains([]string{"tree", "threads", "sleepers"}, p.name) {
+			if slices.Contains([]string{"tree", "threads", "sleepers", "vfork"}, p.name) {
 				t.Run(p.name, func(t *testing.T) { p.journey(t) })
 			}
 		}

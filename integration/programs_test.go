@@ -33,6 +33,7 @@ var programs = []program{
 	{name: "shared", options: []option{withArgs("/bin/shared")}},
 	{name: "shared-threads", options: []option{withArgs("/bin/shared", "threads")}},
 	{name: "locks", options: []option{withArgs("/bin/locks"), withVaryingThreads()}},
+	{name: "vfork", options: []option{withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads()}, connect: "vfork.go"},
 	{name: "signals", options: []option{withArgs("/bin/signals", "handlers", "pending", "itimers", "posix", "standers")}},
 	{name: "terminal", options: []option{withArgs("/bin/terminal")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},

@@ -14,6 +14,7 @@ import (
 	"os"
 	goruntime "runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -78,11 +79,12 @@ type checkpoint struct {
 	learned *learned
 	confine landlock
 
-	halt   *halt.Halt
-	census *census
-	tree   image.Tree
-	w      *image.Writer
-	wrote  bool
+	halt    *halt.Halt
+	waiting map[int]bpf.VforkParent // threads that wait in vfork, by host tid
+	census  *census
+	tree    image.Tree
+	w       *image.Writer
+	wrote   bool
 }
 
 // headRecords are the records that are the same for every container.
@@ -201,6 +203,10 @@ func (k *checkpoint) prepare(context.Context) error {
 	if k.halt, err = halt.New(c.cgroupPaths, c.record.Paused); err != nil {
 		return err
 	}
+	k.halt.TakesWaiting = sync.OnceValue(func() bool {
+		_, err := bpf.VforkParents(nil)
+		return err == nil
+	})
 	if k.out, err = openOutput(k.Path, k.Stream, k.guard); err != nil {
 		return err
 	}
@@ -351,8 +357,11 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := k.readWaiting(); err != nil {
+		return err
+	}
 	children := n.family()
-	for _, p := range n.procs {
+	for _, p := range slices.Backward(n.procs) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -367,21 +376,35 @@ func (k *checkpoint) collect(ctx context.Context) error {
 }
 
 func (k *checkpoint) collectTask(p *process, children []*process) error {
+	var waiting []*task.Waiting
+	var asker *tracee.Thread
 	for _, tid := range p.tids {
-		t := k.halt.Held[tid]
+		t, w := k.halt.Held[tid], (*task.Waiting)(nil)
 		if t == nil {
-			return fmt.Errorf("thread %d appeared while everything was stopped", tid)
+			var err error
+			if w, err = k.waitingThread(tid); err != nil {
+				return err
+			}
+		} else if asker == nil {
+			asker = t
 		}
-		p.threads = append(p.threads, t)
+		p.threads, waiting = append(p.threads, t), append(waiting, w)
+	}
+	n := k.census
+	asks := asker != nil && !n.found.asked[p.space] // about the address space
+	var also []func(b *tracee.Batch) func()
+	if asks {
+		n.found.asked[p.space] = true
+		also = p.space.AskPolicies()
 	}
 	k.report.Tasks++
 	k.report.Threads += len(p.tids)
 	p.live = k.halt.Live[p.pid]
 	src := &task.Source{
 		Stopped: k.halt.Stopped[p.pid],
-		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Threads: p.threads, Status: p.status, Live: p.live,
+		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
-		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: p.space.AskPolicies(),
+		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: also,
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)
 			if err != nil {
@@ -414,19 +437,18 @@ func (k *checkpoint) collectTask(p *process, children []*process) error {
 	if err := oneIdentity(p, p.state.Task.Threads); err != nil {
 		return err
 	}
-	n := k.census
 	p.hand, _ = once(n.found.hands, representative(n.sharing.hand, p.pid), func() (*object.Object, error) {
 		return &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}, nil
 	})
-	if p.space.Pid != p.pid {
-		return nil // another process's, too
+	if !asks {
+		return nil
 	}
 	if p.state.LockFuture {
-		if err := p.space.LockFuture(func(b *tracee.Batch) error { return p.live.Run(p.threads[0], b) }); err != nil {
+		if err := p.space.LockFuture(func(b *tracee.Batch) error { return p.live.Run(asker, b) }); err != nil {
 			return err
 		}
 	}
-	if err := p.space.Policies(p.live, p.threads[0]); err != nil {
+	if err := p.space.Policies(p.live, asker); err != nil {
 		return err
 	}
 	return p.space.Details(p.stat.Field, p.state.Brk)
@@ -566,7 +588,7 @@ func (k *checkpoint) checkNewcomers(context.Context) error {
 		return err
 	}
 	for _, pid := range pids {
-		if k.halt.Held[pid] == nil && !task.Ended(pid) {
+		if k.halt.Held[pid] == nil && k.halt.Waiting[pid] == 0 && !task.Ended(pid) {
 			comm, _ := task.Comm(pid)
 			return fail.In(fmt.Sprintf("task (host %d, %s)", pid, comm), &fail.Error{
 				Cause: errors.New("it was brought into the container during the checkpoint"), Remedy: "try again",
@@ -600,6 +622,14 @@ func (k *checkpoint) kill() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 	reapAll(slices.Collect(maps.Keys(k.halt.Held)))
+	for tid := range k.halt.Waiting { // not ours to reap
+		for nap := range 1000 {
+			if task.Ended(tid) {
+				break
+			}
+			time.Sleep(time.Duration(nap) * time.Microsecond)
+		}
+	}
 	k.halt.Forget()
 }
 

@@ -64,8 +64,9 @@ type restore struct {
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
 	users   users
-	full    uint64 // the stubs' capabilities
-	hole    uint64 // free in all address spaces, for the service area
+	vforked map[int32]*image.Task // children that come to be by vfork, with their parents
+	full    uint64                // the stubs' capabilities
+	hole    uint64                // free in all address spaces, for the service area
 	nested  *namespace.Maker
 	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
 	forked  map[int]int           // the order of forks
@@ -190,7 +191,7 @@ func (r *restore) create(context.Context) (err error) {
 		return err
 	}
 	r.stubs[r.made.initPid] = r.made.stub
-	r.users, r.lending = countUsers(r.head.Tasks), newLending(r.head)
+	r.users, r.lending, r.vforked = countUsers(r.head.Tasks), newLending(r.head), vforked(r.head.Tasks)
 	mono, boot, err := nsutil.TimeOffsets(r.made.stub.Pid)
 	if err != nil {
 		return err
@@ -297,11 +298,12 @@ func (r *restore) grow(ctx context.Context) error {
 }
 
 func (r *restore) hierarchy() ([]forest.Process, []int) {
-	return hierarchy(&r.head.Tree, func(p *forest.Process) {
+	processes, reserved := hierarchy(&r.head.Tree, func(p *forest.Process) {
 		t := r.head.Task(int32(p.Pid))
 		p.Subreaper = t.Subreaper
 		p.Shared = forest.Shared{forest.MM: int(t.MM), forest.Sighand: int(t.Sighand), forest.Files: int(t.Files), forest.FS: int(t.FS), forest.SemUndo: int(t.Threads[0].SemUndo)}
 	})
+	return slices.DeleteFunc(processes, func(p forest.Process) bool { return r.vforked[int32(p.Pid)] != nil }), reserved
 }
 
 // steps makes a run of steps of one process as one batch.
@@ -390,6 +392,9 @@ func (r *restore) exitSignal(pid int) int32 {
 // each calls f for every live task, with its stub.
 func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub) error) error {
 	for _, t := range r.head.Tasks {
+		if r.vforked[t.Pid] != nil {
+			continue // it comes to be when its parent is finished
+		}
 		err := ctx.Err()
 		if err == nil {
 			err = fault.Point("restore.task")
@@ -534,7 +539,7 @@ func (r *restore) stopJobs() error {
 }
 
 func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
-	hand := r.head.Sighand(t.Sighand)
+	actions := r.head.Sighand(t.Sighand)
 	var b tracee.Batch
 	space := r.head.MM(t.MM)
 	if r.users.first(t.MM, "finish") {
@@ -545,7 +550,7 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 			return err
 		}
 	}
-	task.RestoreProcess(&b, t, hand)
+	task.RestoreProcess(&b, t, actions)
 	threads, err := r.cloneThreads(t, s, &b)
 	if err == nil {
 		err = mm.CheckLocked(s.Pid, space)
@@ -560,7 +565,16 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		return fmt.Errorf("coredump filter: %w", err)
 	}
 	r.threads[int(t.Pid)] = threads
-	f := &finishing{task: r.asItself(t), pid: t.Pid, sighand: hand, held: task.Held{Capabilities: r.full, Filters: r.made.filters}}
+	var helper *hand
+	if vforks(t) {
+		if helper, err = r.newHand(s); err != nil {
+			return err
+		}
+	}
+	f := &finishing{task: r.asItself(t), pid: t.Pid, sighand: actions, held: task.Held{Capabilities: r.full, Filters: r.made.filters}}
+	if parent := r.vforked[t.Pid]; parent != nil {
+		f.held = heldByVforked(parent, t)
+	}
 	if r.nested.User(int(t.Pid)) != 0 {
 		f.held.IDs = true
 		if f.held.Capabilities, err = task.Capabilities(s.Pid); err != nil {
@@ -577,6 +591,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 	}
 	if err := task.RestoreOOMScore(s.Pid, t.OOMScoreAdj); err != nil {
 		r.Log.Warn("oom_score_adj not restored", "pid", t.Pid, "value", t.OOMScoreAdj, "error", err)
+	}
+	if helper != nil {
+		return r.vfork(t, threads, helper)
 	}
 	return nil
 }
@@ -615,6 +632,9 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	if _, err := s.Run(&b); err != nil {
 		return task.Explain(err)
 	}
+	if rec.Vfork != 0 {
+		return nil // the rest comes when it has vforked
+	}
 	regs, err := tracee.DecodeRegs(rec.Regs)
 	if err != nil {
 		return err
@@ -622,12 +642,12 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	if regs, err = task.RestoreRestart(s, rec.Restart, regs, clocks); err != nil {
 		return err
 	}
-	if i == 0 && r.users.done(t.Sighand) {
+	if i == 0 && !vforks(t) && r.users.done(t.Sighand) {
 		if err := task.RestoreTrap(s, f.sighand); err != nil {
 			return err
 		}
 	}
-	if i == 0 && r.users.done(t.MM) {
+	if i == 0 && !vforks(t) && r.users.done(t.MM) {
 		if err := task.UnmapService(s); err != nil {
 			return err
 		}

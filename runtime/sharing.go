@@ -161,10 +161,11 @@ type found struct {
 	places map[int]*object.Object
 	hands  map[int]*object.Object
 	undo   map[int]uint32 // the lists' numbers in the image
+	asked  map[*mm.Space]bool
 }
 
 func newFound() found {
-	return found{map[int]*mm.Space{}, map[int]*file.Table{}, map[int]*object.Object{}, map[int]*object.Object{}, map[int]uint32{}}
+	return found{map[int]*mm.Space{}, map[int]*file.Table{}, map[int]*object.Object{}, map[int]*object.Object{}, map[int]uint32{}, map[*mm.Space]bool{}}
 }
 
 // once reads what a task has, or takes what was read of another that shares it.

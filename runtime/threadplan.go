@@ -127,7 +127,7 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 		return nil, err
 	}
 	own := slices.ContainsFunc(steps, func(s threadStep) bool { return s.fresh&(unix.CLONE_FILES|unix.CLONE_FS) != 0 })
-	if !own {
+	if !own && !vforks(t) {
 		r.completeTables(b, t)
 	}
 	threads := make([]*tracee.Stub, len(t.Threads))
@@ -239,7 +239,7 @@ func (r *restore) completeAll(t *image.Task, threads []*tracee.Stub) error {
 		if th.Files != 0 && r.users.first(th.Files, "finish") {
 			r.maker.CloseTable(&b)
 		}
-		if i == 0 {
+		if i == 0 && !vforks(t) {
 			r.completeTables(&b, t)
 		}
 		if _, err := s.Run(&b); err != nil {

@@ -78,14 +78,9 @@ func (q *Question) Close() error { return errors.Join(q.iter.Close(), q.program.
 
 // ask runs the program and hands the fields of each line that it prints to f.
 func (q *Question) ask(f func(fields [][]byte) error) error {
-	r, err := q.iter.Open()
+	out, err := q.read()
 	if err != nil {
-		return fmt.Errorf("read tasks by BPF: %w", err)
-	}
-	defer r.Close()
-	out, err := io.ReadAll(r)
-	if err != nil {
-		return fmt.Errorf("read tasks by BPF: %w", err)
+		return err
 	}
 	for line := range bytes.Lines(out) {
 		if err := f(bytes.Fields(line)); err != nil {
@@ -93,6 +88,20 @@ func (q *Question) ask(f func(fields [][]byte) error) error {
 		}
 	}
 	return nil
+}
+
+// read runs the program and returns what it has put out.
+func (q *Question) read() ([]byte, error) {
+	r, err := q.iter.Open()
+	if err != nil {
+		return nil, fmt.Errorf("read tasks by BPF: %w", err)
+	}
+	defer r.Close()
+	out, err := io.ReadAll(r)
+	if err != nil {
+		return nil, fmt.Errorf("read tasks by BPF: %w", err)
+	}
+	return out, nil
 }
 
 // numbers reads the n fields of a line.

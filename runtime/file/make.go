@@ -207,7 +207,7 @@ func (m *Maker) KeepProc() (proc, lastPid int, err error) {
 		return 0, 0, err
 	}
 	defer last.Close()
-	fd, err := m.send(m.stub, last)
+	fd, err := m.Send(m.stub, last)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -427,7 +427,7 @@ func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
 		return err
 	}
 	defer f.Close()
-	fd, err := m.send(m.stub, f)
+	fd, err := m.Send(m.stub, f)
 	if err != nil {
 		return err
 	}
@@ -442,9 +442,9 @@ func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
 	return err
 }
 
-// send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
+// Send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
 // returns its number there.
-func (m *Maker) send(to *tracee.Stub, f *os.File) (int, error) {
+func (m *Maker) Send(to *tracee.Stub, f *os.File) (int, error) {
 	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0); err != nil {
 		return 0, fmt.Errorf("send %s: %w", f.Name(), err)
 	}
@@ -737,6 +737,20 @@ func (m *Maker) CloseTable(b *tracee.Batch) {
 	b.Add(unix.SYS_CLOSE_RANGE, tracee.W(m.base), tracee.W(uint32(math.MaxUint32)), tracee.W(0))
 }
 
+// Keep hands one of the coordinator's files to a stub under a number of the
+// table, so that it goes with the others.
+func (m *Maker) Keep(to *tracee.Stub, f *os.File) (int, error) {
+	low, err := m.Send(to, f)
+	if err != nil {
+		return 0, err
+	}
+	var b tracee.Batch
+	up := b.Add(unix.SYS_FCNTL, tracee.W(low), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
+	b.Add(unix.SYS_CLOSE, tracee.W(low))
+	_, err = to.Run(&b)
+	return int(b.Calls[up].Ret), err
+}
+
 // openLate opens a file that exists only since its process does again, in the
 // first task that holds it; others are given the same description.
 func (m *Maker) openLate(s *tracee.Stub, d image.Descriptor) error {
@@ -744,7 +758,7 @@ func (m *Maker) openLate(s *tracee.Stub, d image.Descriptor) error {
 	var fd int
 	if shared := m.late[d.File]; shared != nil {
 		var err error
-		if fd, err = m.send(s, shared); err != nil {
+		if fd, err = m.Send(s, shared); err != nil {
 			return err
 		}
 	} else {

@@ -43,7 +43,8 @@ type Tables uint8
 // Has says that t is in the set.
 func (s Tables) Has(t Table) bool { return s&(1<<t) != 0 }
 
-func (s *Tables) add(t Table) { *s |= 1 << t }
+// Add puts t into the set.
+func (s *Tables) Add(t Table) { *s |= 1 << t }
 
 func (s Tables) String() string {
 	var names []string
@@ -327,7 +328,7 @@ func (n *node) born(t Table) int {
 func (n *node) handsOn(child *node) (s Tables) {
 	for t := range tables {
 		if id := child.born(t); id != 0 && n.holds(t, id) {
-			s.add(t)
+			s.Add(t)
 		}
 	}
 	return s
@@ -356,7 +357,7 @@ func (n *node) divide() *conflict {
 	var carried Tables
 	for t, id := range n.carried {
 		if id != 0 && !n.dead() {
-			carried.add(Table(t))
+			carried.Add(Table(t))
 		}
 	}
 	d := division{node: n, carried: carried, early: n.early, late: n.late}
@@ -382,7 +383,7 @@ type division struct {
 func (d *division) before(child *node) (s Tables) {
 	for t := range tables {
 		if d.carried.Has(t) && child.born(t) == d.node.carried[t] {
-			s.add(t)
+			s.Add(t)
 		}
 	}
 	return s
@@ -391,7 +392,7 @@ func (d *division) before(child *node) (s Tables) {
 func (d *division) after(child *node) (s Tables) {
 	for t := range tables {
 		if id := child.born(t); d.carried.Has(t) && id != 0 && id == d.Shared[t] {
-			s.add(t)
+			s.Add(t)
 		}
 	}
 	return s

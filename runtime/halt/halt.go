@@ -31,6 +31,8 @@ const (
 	pause = 2 * time.Millisecond
 	// limit is how long a thread may take to its ptrace stop, vforkLimit while
 	// there may be a vfork parent among them, which never gets there.
+	// patience is how many tries a vfork parent gets to come out of it.
+	patience   = 3
 	limit      = time.Second
 	vforkLimit = 10 * time.Millisecond
 )
@@ -45,6 +47,11 @@ type Halt struct {
 	// thread of such a process back into its stop (__ptrace_unlink in
 	// kernel/ptrace.c), without a word to anybody.
 	Stopped map[int]unix.Signal
+	// Waiting are threads that wait in vfork(2), whom nobody can stop, by host
+	// tid with their pid. As long as all others rest they stay where they are.
+	Waiting map[int]int
+	// TakesWaiting says whether the caller can do with such threads.
+	TakesWaiting func() bool
 
 	cgroup   *cgroupfreeze.Cgroup
 	limbo    map[int]*tracee.Thread // that have not stopped, from an earlier try
@@ -62,7 +69,8 @@ type Halt struct {
 // the other: frozen by it, tasks reach a ptrace stop as they are, and stay
 // frozen if we die before they are in order again.
 func New(paths map[string]string, paused bool) (*Halt, error) {
-	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}, limbo: map[int]*tracee.Thread{}, Stopped: map[int]unix.Signal{}}
+	h := &Halt{Paused: paused, Held: map[int]*tracee.Thread{}, Live: map[int]*tracee.Live{}, limbo: map[int]*tracee.Thread{},
+		Stopped: map[int]unix.Signal{}, TakesWaiting: func() bool { return true }}
 	var err error
 	if unified := paths[""]; unified != "" && (paths["freezer"] == "" || !paused) {
 		h.cgroup, err = cgroupfreeze.Open(map[string]string{"": unified})
@@ -83,7 +91,10 @@ func (h *Halt) Stop(ctx context.Context) error {
 	ctx = context.WithoutCancel(ctx)
 	for try := 1; ; try++ {
 		err := h.try(ctx)
-		if !errors.Is(err, tracee.ErrNoStop) || try == tries {
+		if err == nil && (len(h.Waiting) == 0 || try >= patience) {
+			return nil
+		}
+		if err != nil && (!errors.Is(err, tracee.ErrNoStop) || try == tries) {
 			return h.explain(err)
 		}
 		if err := h.Release(ctx); err != nil {
@@ -133,6 +144,7 @@ func (h *Halt) seize(frozen bool) (fresh []*tracee.Thread, skipped bool, err err
 	if err != nil {
 		return nil, false, err
 	}
+	h.Waiting = map[int]int{}
 	for _, pid := range pids {
 		tids, err := task.Threads(pid)
 		if errors.Is(err, tracee.ErrGone) {
@@ -143,6 +155,10 @@ func (h *Halt) seize(frozen bool) (fresh []*tracee.Thread, skipped bool, err err
 		}
 		for _, tid := range tids {
 			if h.Held[tid] != nil {
+				continue
+			}
+			if h.limbo[tid] == nil && task.WaitsInVfork(tid) && h.TakesWaiting() {
+				h.Waiting[tid] = pid
 				continue
 			}
 			if t := h.limbo[tid]; t != nil { // still ours, and its stop still asked for
@@ -265,6 +281,9 @@ func (h *Halt) Pids() []int {
 	var pids []int
 	for _, t := range h.Held {
 		pids = append(pids, t.Pid)
+	}
+	for _, pid := range h.Waiting {
+		pids = append(pids, pid)
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids)

@@ -20,8 +20,10 @@ type Source struct {
 	Pid     int // host
 	Inner   int
 	Stat    *Stat
-	Threads []*tracee.Thread // leader first
+	Tids    []int
+	Threads []*tracee.Thread // leader first; nil for one that waits in vfork(2)
 	Status  []*Status        // of each thread
+	Waiting []*Waiting       // by thread, nil for the others
 	Live    *tracee.Live
 	Maps    IDMaps
 	Usual   Usual
@@ -62,6 +64,7 @@ type State struct {
 	// CLD_CONTINUED by pid.
 	Untold map[int32]int32
 
+	tids    []int
 	hasLDT  func() bool
 	hasJobs func() bool
 	queued  []int // signals that waited for each thread, and for the process
@@ -73,7 +76,7 @@ const statExitSignal = 38 // field of /proc/PID/stat
 // Collect reads everything a process and its threads own: what can be read
 // from outside, and one batch in each thread for the rest.
 func (s *Source) Collect() (*State, error) {
-	st := &State{Task: &image.Task{
+	st := &State{tids: s.Tids, Task: &image.Task{
 		Pid:        int32(s.Inner),
 		ExitSignal: int32(s.Stat.Field(statExitSignal)),
 	}}
@@ -82,9 +85,20 @@ func (s *Source) Collect() (*State, error) {
 	}
 	st.Task.Threads = make([]image.Thread, len(s.Threads))
 	for i := range s.Threads {
-		if err := s.thread(i, st); err != nil {
+		rec := &st.Task.Threads[i]
+		rec.Tid = int32(s.Level(s.Status[i].NSpid))
+		var err error
+		if s.Threads[i] == nil {
+			err = s.waiting(i, s.Waiting[i], rec)
+		} else {
+			err = s.thread(i, st)
+		}
+		if err != nil {
 			return nil, err
 		}
+	}
+	if s.asker() < 0 {
+		return st, s.processOf(s.Waiting[0], st)
 	}
 	if err := s.askAlso(); err != nil {
 		return nil, err
@@ -108,7 +122,7 @@ func (s *Source) askAlso() error {
 	for i := 1; i < len(s.Also); i++ {
 		var b tracee.Batch
 		done := s.Also[i](&b)
-		if err := s.Live.Run(s.Threads[0], &b); err != nil {
+		if err := s.Live.Run(s.Threads[s.asker()], &b); err != nil {
 			return err
 		}
 		done()
@@ -148,7 +162,6 @@ func procNumber(pid int, name string, base int) (int64, error) {
 // thread reads one thread; the leader's batch asks for the process as well.
 func (s *Source) thread(i int, st *State) error {
 	t, rec := s.Threads[i], &st.Task.Threads[i]
-	rec.Tid = int32(s.Level(s.Status[i].NSpid))
 	if err := s.registers(i, rec); err != nil {
 		return err
 	}
@@ -162,7 +175,7 @@ func (s *Source) thread(i int, st *State) error {
 	var b tracee.Batch
 	done := []func(){askThread(&b, rec)}
 	more := askUnsaved(&b)
-	if i == 0 {
+	if i == s.asker() {
 		done = append(done, askProcess(&b, st))
 		if len(s.Also) > 0 {
 			done = append(done, s.Also[0](&b))
@@ -171,7 +184,7 @@ func (s *Source) thread(i int, st *State) error {
 	if err := s.Live.Run(t, &b); err != nil {
 		return fail.On(fmt.Sprintf("thread %d", rec.Tid), noRoom(err))
 	}
-	if i == 0 {
+	if i == s.asker() {
 		st.asked = monotonicNow()
 	}
 	for _, f := range done {
@@ -185,12 +198,12 @@ func (s *Source) thread(i int, st *State) error {
 			return err
 		}
 	}
-	if i == 0 && st.hasLDT() {
+	if i == s.asker() && st.hasLDT() {
 		if st.Task.LDT, err = readLDT(s.Live, t); err != nil {
 			return err
 		}
 	}
-	if i == 0 && st.hasJobs() {
+	if i == s.asker() && st.hasJobs() {
 		st.Untold, err = s.untold()
 	}
 	return err

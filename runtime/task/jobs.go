@@ -43,7 +43,7 @@ func (s *Source) untold() (map[int32]int32, error) {
 		infos[i] = b.Reserve(siginfoSize)
 		b.Try(unix.SYS_WAITID, tracee.W(unix.P_PID), tracee.W(pid), infos[i], tracee.W(waitJobs), tracee.W(0))
 	}
-	if err := s.Live.Run(s.Threads[0], &b); err != nil {
+	if err := s.Live.Run(s.Threads[s.asker()], &b); err != nil {
 		return nil, err
 	}
 	all := map[int32]int32{}

@@ -41,6 +41,7 @@ type Status struct {
 
 	NoNewPrivs bool
 	Seccomp    uint32
+	Filters    int    // of seccomp
 	Features   string // x86_Thread_features: shadow stacks
 	UntagMask  uint64 // of addresses; all ones without tags
 	VMSize     uint64 // bytes that RLIMIT_AS counts
@@ -115,6 +116,8 @@ func (s *Status) set(key, value string) {
 		s.CapAmb = hex()
 	case "NoNewPrivs":
 		s.NoNewPrivs = value == "1"
+	case "Seccomp_filters":
+		s.Filters = num()
 	case "Seccomp":
 		s.Seccomp = uint32(num())
 	case "x86_Thread_features":

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -81,11 +82,13 @@ func RestoreProcess(b *tracee.Batch, t *image.Task, h *image.Sighand) {
 
 // Held is what a stub holds already: its capabilities, whether its ids are the
 // task's (they must be set before it enters a user namespace, where not all of
-// them need have a number), and the seccomp filters.
+// them need have a number), the seccomp filters, and all its credentials, if it
+// has some thread's.
 type Held struct {
 	Capabilities uint64
 	IDs          bool
 	Filters      [][]byte
+	Credentials  *image.Credentials
 }
 
 // RestoreThread adds the calls that give a stub what its thread owns. Memory
@@ -107,7 +110,9 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, held Held) {
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_TIMERSLACK), tracee.W(t.TimerSlack))
 	}
 	restoreSeccomp(b, t, held.Filters)
-	restoreCredentials(b, &t.Creds, held)
+	if held.Credentials == nil || !reflect.DeepEqual(held.Credentials, &t.Creds) {
+		restoreCredentials(b, &t.Creds, held)
+	}
 	if t.PDeathSig != 0 { // a change of credentials clears it
 		b.Add(unix.SYS_PRCTL, tracee.W(unix.PR_SET_PDEATHSIG), tracee.W(t.PDeathSig))
 	}

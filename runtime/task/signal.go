@@ -2,6 +2,7 @@ package task
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -170,6 +171,9 @@ func (s *Source) readPending(st *State) error {
 	t := st.Task
 	st.queued = make([]int, len(s.Threads)+1)
 	for i, th := range s.Threads {
+		if th == nil {
+			continue // it has none, or is refused
+		}
 		queue, err := th.PendingSignals(false, 0)
 		if err != nil {
 			return err
@@ -177,7 +181,7 @@ func (s *Source) readPending(st *State) error {
 		st.queued[i] = len(queue)
 		t.Threads[i].Pending = complete(queue, s.Status[i].SigPnd)
 	}
-	queue, err := s.Threads[0].PendingSignals(true, 0)
+	queue, err := s.Threads[s.asker()].PendingSignals(true, 0)
 	st.queued[len(s.Threads)] = len(queue)
 	t.Pending = complete(queue, s.Status[0].ShdPnd)
 	return err
@@ -187,11 +191,21 @@ func (s *Source) readPending(st *State) error {
 // was collected. Signals of its own timers are not among it: the timers have the
 // time that was left then.
 func (st *State) LateSignals(threads []*tracee.Thread) (all []image.Late, err error) {
+	asker := slices.IndexFunc(threads, func(t *tracee.Thread) bool { return t != nil })
+	if err := st.lateWaiting(threads, asker < 0); err != nil {
+		return nil, err
+	}
 	for i, seen := range st.queued {
 		l := image.Late{Pid: st.Task.Pid}
-		th, shared := threads[0], i == len(threads)
+		var th *tracee.Thread
+		shared := i == len(threads)
 		if !shared {
 			th, l.Tid = threads[i], st.Task.Threads[i].Tid
+		} else if asker >= 0 {
+			th = threads[asker]
+		}
+		if th == nil {
+			continue
 		}
 		queue, err := th.PendingSignals(shared, seen)
 		if err != nil {

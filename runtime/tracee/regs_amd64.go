@@ -51,6 +51,19 @@ func (t *Thread) XState() ([]byte, error) {
 // SetXState writes the extended state.
 func (t *Thread) SetXState(b []byte) error { return t.SetRegSet(ntX86XState, b) }
 
+// KernelRegs makes the registers of the struct pt_regs with which a thread has
+// entered the kernel; the bases of its segments the kernel keeps apart.
+func KernelRegs(raw []byte, fs, gs uint64) (r Regs, err error) {
+	if _, err = binary.Decode(append(slices.Clone(raw), make([]byte, RegsSize-len(raw))...), binary.LittleEndian, &r.PtraceRegs); err == nil {
+		r.Fs_base, r.Gs_base = fs, gs
+	}
+	return r, err
+}
+
+// SetResult makes the registers those of a thread whose system call has returned
+// v.
+func (r *Regs) SetResult(v uint64) { r.Rax, r.Orig_rax = v, noSyscall }
+
 // Encode returns the registers as they stand in an image: user_regs_struct in
 // its order, little endian.
 func (r *Regs) Encode() []byte {

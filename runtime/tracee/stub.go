@@ -394,6 +394,53 @@ func (s *Stub) Interrupted(nr uintptr, args [6]uint64) (int64, error) {
 	return r.result(), err
 }
 
+// Vfork makes a call that clones a child and waits for it, and leaves the stub in
+// the stop between the two (PTRACE_EVENT_VFORK): its registers can be set there,
+// nothing can be run any more. It returns the child's id.
+func (s *Stub) Vfork(nr uintptr, args ...uint64) (int, error) {
+	var a [6]uint64
+	copy(a[:], args)
+	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, a)); err != nil {
+		return 0, err
+	}
+	if err := s.Cont(0); err != nil {
+		return 0, err
+	}
+	stop, err := s.Wait()
+	switch {
+	case err != nil:
+		return 0, err
+	case stop.Event == unix.PTRACE_EVENT_VFORK:
+		return s.EventMessage()
+	case stop.Event == 0 && stop.Signal == unix.SIGTRAP:
+		r, err := s.Thread.Regs()
+		if err != nil {
+			return 0, err
+		}
+		return 0, (&Batch{Calls: []Call{{Ret: r.result()}}}).Err(0)
+	}
+	return 0, fmt.Errorf("task %d: %v instead of a vfork", s.Tid, stop)
+}
+
+// Leave ends one thread of a stub's process, and not the process.
+func (s *Stub) Leave() error {
+	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, unix.SYS_EXIT, [6]uint64{})); err != nil {
+		return err
+	}
+	for {
+		if err := s.Cont(0); err != nil {
+			return err
+		}
+		stop, err := s.Wait()
+		if err != nil {
+			return err
+		}
+		if stop.Exited {
+			return s.Reap()
+		}
+	}
+}
+
 // WaitExec waits until a seized thread executes a new program, delivering the
 // signals that come before. It rests at the event.
 func (t *Thread) WaitExec() error {
