@@ -194,6 +194,8 @@ func (s *Set) AddTable(p *Process) (*Table, error) {
 	return t, nil
 }
 
+// gone makes ErrGone of what the kernel says of a task, or of a descriptor, that is
+// there no more.
 func gone(pid int, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
 		return fmt.Errorf("task %d: %w", pid, tracee.ErrGone)

@@ -1,5 +1,5 @@
 /*
- * shared [threads] - processes that share tables with each other in every way
+ * shared [threads | ROW...] - processes that share tables with each other in every way
  * that clone(2) allows, and threads that have left those of their process.
  *
  * In each round the first process changes what the tables say: a variable, the
@@ -7,6 +7,8 @@
  * what it sees, which must be the new state for those who share the table and
  * the old for all others. And kcmp(2) must find the same tables shared between
  * all pairs as at the start.
+ *
+ * A ROW is FORKER:FLAGS:DROP:GONE, a further process in terms of struct row.
  */
 #include "hold.h"
 #include <linux/kcmp.h>
@@ -61,10 +63,12 @@ static const struct row threads[] = {
 	{ "its thread", 9, THREAD_FLAGS, CLONE_FILES | CLONE_FS, 0 },
 };
 
+#define MOST 24
+
+static struct row given[MOST] = { { "main", -1, 0, 0, 0 } };
 static const struct row *rows;
 static int count;
 
-#define MOST 24
 enum { VM, SIGHAND, FILES, FS, KINDS };
 
 struct seen { unsigned long kind[KINDS]; };
@@ -211,6 +215,15 @@ int main(int argc, char **argv)
 	rows = processes, count = COUNT(processes);
 	if (argc > 1 && !strcmp(argv[1], "threads"))
 		rows = threads, count = COUNT(threads);
+	else if (argc > 1) {
+		rows = given;
+		for (count = 1; count < argc && count < MOST; count++) {
+			struct row *r = &given[count];
+
+			r->name = argv[count];
+			need(sscanf(argv[count], "%d:%i:%i:%d", &r->forker, &r->flags, &r->drop, &r->gone) == 4);
+		}
+	}
 	report_open(rows == threads ? "shared-threads" : "shared");
 	state = map_shared(sizeof(*state));
 	state->tid[0] = getpid();
