@@ -79,6 +79,9 @@ var mapped = []program{
 	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
+	{name: "vfork", options: []option{
+		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),
+	}, connect: "vfork.go"},
 	{name: "creds", options: []option{
 		withUserNamespace(), withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),

@@ -36,3 +36,24 @@ func TestSpawner(t *testing.T) {
 	}
 	c.progress(10)
 }
+
+// TestVforkPaused does it to a container that its engine has paused.
+func TestVforkPaused(t *testing.T) {
+	c := newContainer(t, withReport("vfork"), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID")).run()
+	c.progress(10)
+	c.runc("pause", c.id)
+	c.checkpoint("--leave-running")
+	c.mustBe("paused")
+	c.runc("resume", c.id)
+	c.progress(10)
+	program{connect: "vfork.go"}.checkConnect(c)
+	c.runc("pause", c.id)
+	c.checkpoint()
+	c.mustBeGone()
+	c.restore()
+	if c.state().Status == "paused" {
+		c.runc("resume", c.id)
+	}
+	c.progress(10)
+	program{connect: "vfork.go"}.checkConnect(c)
+}

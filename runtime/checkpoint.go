@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"os"
 	goruntime "runtime"
 	"slices"
@@ -621,7 +620,7 @@ func (k *checkpoint) kill() {
 	for _, pid := range k.halt.Pids() {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
-	reapAll(slices.Collect(maps.Keys(k.halt.Held)))
+	reapAll(k.halt.Traced())
 	for tid := range k.halt.Waiting { // not ours to reap
 		for nap := range 1000 {
 			if task.Ended(tid) {

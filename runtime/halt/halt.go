@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -157,7 +158,9 @@ func (h *Halt) seize(frozen bool) (fresh []*tracee.Thread, skipped bool, err err
 			if h.Held[tid] != nil {
 				continue
 			}
-			if h.limbo[tid] == nil && task.WaitsInVfork(tid) && h.TakesWaiting() {
+			// One in limbo was seized on its way there. It stays traced until
+			// we end, and would rest until then if its child set it free.
+			if task.WaitsInVfork(tid) && h.TakesWaiting() {
 				h.Waiting[tid] = pid
 				continue
 			}
@@ -287,6 +290,11 @@ func (h *Halt) Pids() []int {
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids)
+}
+
+// Traced lists all threads that have to be waited for when they end.
+func (h *Halt) Traced() []int {
+	return slices.AppendSeq(slices.Collect(maps.Keys(h.Held)), maps.Keys(h.limbo))
 }
 
 // Release lets everything run on as it was, in one act: detached while the
