@@ -57,6 +57,9 @@ func (b *builder) checkFile(f *File) error {
 	case f.Kind == KindProc && f.Pid < 0:
 		return fmt.Errorf("pid %d is negative", f.Pid)
 	}
+	if o := f.Owner; o != nil && (o.Type < 0 || o.Type > 2 || o.ID < 0 || o.Signal < 0 || o.Signal > 64) {
+		return fmt.Errorf("owner %d of type %d with signal %d", o.ID, o.Type, o.Signal)
+	}
 	if err := b.checkRemoved(f); err != nil {
 		return err
 	}
@@ -153,6 +156,14 @@ func (b *builder) checkFiles(f *Files) error {
 		seen[d.FD] = true
 		if err := need[File](b, d.File, "open file"); err != nil {
 			return fmt.Errorf("fd %d: %w", d.FD, err)
+		}
+	}
+	for _, l := range f.Locks {
+		if !slices.Contains([]string{LockPosix, LockOFD, LockFlock, LockLease}, l.Kind) {
+			return fmt.Errorf("a lock of kind %s is not known to this program", quote(l.Kind))
+		}
+		if l.Start < 0 || l.End < l.Start || !seen[l.FD] {
+			return fmt.Errorf("a lock from %d to %d on fd %d", l.Start, l.End, l.FD)
 		}
 	}
 	return nil

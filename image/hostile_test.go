@@ -251,6 +251,9 @@ func TestBadObjects(t *testing.T) {
 		want   string
 		damage func(r *sampleRecord) bool
 	}{
+		{"owner 1 of type 3 with signal 0", on(func(f *File) bool { f.Owner = &Owner{Type: 3, ID: 1}; return true })},
+		{"owner -1 of type 0 with signal 0", on(func(f *File) bool { f.Owner = &Owner{ID: -1}; return true })},
+		{"owner 1 of type 0 with signal 65", on(func(f *File) bool { f.Owner = &Owner{ID: 1, Signal: 65}; return true })},
 		{"names no file without a name", on(func(f *File) bool { f.Removed = refStdin; return f.Kind == KindRegular })},
 		{"with a file of mode", on(func(f *File) bool { f.Kind = KindDirectory; return f.Removed != 0 })},
 		{"mode 01100640", on(func(i *Removed) bool { i.Mode = 0o1100640; return true })},
@@ -280,6 +283,10 @@ func TestBadObjects(t *testing.T) {
 		{`name "a\x00b" has a NUL`, on(func(f *File) bool { f.Path = "a\x00b"; return true })},
 		{"longer than 65536", on(func(f *File) bool { f.Path = strings.Repeat("x", 70000); return true })},
 		{"fd 3 is negative or stands twice", on(func(f *Files) bool { f.Descriptors[0].FD = 3; return true })},
+		{"a lock from -1 to 5 on fd 3", on(func(f *Files) bool { f.Locks = []Lock{{FD: 3, Kind: LockOFD, Start: -1, End: 5}}; return true })},
+		{"a lock from 6 to 5 on fd 3", on(func(f *Files) bool { f.Locks = []Lock{{FD: 3, Kind: LockOFD, Start: 6, End: 5}}; return true })},
+		{"a lock from 0 to 5 on fd 77", on(func(f *Files) bool { f.Locks = []Lock{{FD: 77, Kind: LockPosix, End: 5}}; return true })},
+		{"a lock of kind", on(func(f *Files) bool { f.Locks = []Lock{{FD: 3, Kind: "mandatory"}}; return true })},
 		{"fd -1 is negative", on(func(f *Files) bool { f.Descriptors[0].FD = -1; return true })},
 		{"fd 0: reference 4 names no open file", on(func(f *Files) bool { f.Descriptors[0].File = refPipe; return true })},
 		{"umask", on(func(f *FS) bool { f.Umask = 0o1000; return true })},

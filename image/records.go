@@ -432,6 +432,24 @@ type FS struct {
 // Files is one descriptor table.
 type Files struct {
 	Descriptors []Descriptor `cbor:"1,keyasint"`
+	Locks       []Lock       `cbor:"2,keyasint,omitempty"`
+}
+
+// The kinds of lock.
+const (
+	LockPosix = "posix" // fcntl(2), of the table
+	LockOFD   = "ofd"   // fcntl(2), of the open file description
+	LockFlock = "flock" // flock(2)
+	LockLease = "lease" // F_SETLEASE
+)
+
+// Lock is a lock that a table has, or that its task took on an open file.
+type Lock struct {
+	FD    int32  `cbor:"1,keyasint"`
+	Kind  string `cbor:"2,keyasint"`
+	Write bool   `cbor:"3,keyasint,omitempty"`
+	Start int64  `cbor:"4,keyasint,omitempty"` // first byte
+	End   int64  `cbor:"5,keyasint"`           // last byte; the largest number: to the end of the file
 }
 
 // Descriptor is one number in a table.
@@ -482,6 +500,14 @@ type File struct {
 	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it was opened on, Container.Mounts
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
+	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it
+}
+
+// Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
+type Owner struct {
+	Type   int32 `cbor:"1,keyasint"`           // F_OWNER_*
+	ID     int32 `cbor:"2,keyasint"`           // thread, process or process group; 0: nobody any more
+	Signal int32 `cbor:"3,keyasint,omitempty"` // F_SETSIG
 }
 
 // Removed is a file or directory that open files, mappings and tasks still hold

@@ -38,6 +38,7 @@ var programs = []program{
 	{name: "terminal", options: []option{withArgs("/bin/terminal")}},
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "nameless", options: []option{withArgs("/bin/nameless")}, connect: "nameless.connect"},
+	{name: "locks", options: []option{withArgs("/bin/locks")}},
 	{name: "overlay", options: []option{
 		withReport("nameless"), withHostPrograms(), withArgs("/out/bin/nameless", "overlay"),
 	}},

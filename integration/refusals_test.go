@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"fmt"
 	"hash/crc32"
 	"io/fs"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // mustRefuse asserts how ocickpt says no: exit status 1 and one line on
@@ -104,6 +106,23 @@ func TestUnsupported(t *testing.T) {
 			c.progress(3)
 		})
 	}
+}
+
+// TestLockConflict restores while somebody outside has the lock of a file. The
+// error names both.
+func TestLockConflict(t *testing.T) {
+	c := newContainer(t, withReport("locks"), withArgs("/bin/locks")).run()
+	c.progress(5)
+	c.checkpoint()
+	c.mustBeGone()
+	f, err := os.Open(c.out("locks.flock"))
+	c.must(err)
+	defer f.Close()
+	c.must(unix.Flock(int(f.Fd()), unix.LOCK_SH))
+	c.tryRestore().mustRefuse(t, "/out/locks.flock", fmt.Sprintf("process %d", os.Getpid()))
+	c.must(unix.Flock(int(f.Fd()), unix.LOCK_UN))
+	c.restore()
+	c.progress(20)
 }
 
 // TestRemovedReadOnly removes a file from outside of a mount that the container

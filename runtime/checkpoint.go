@@ -339,6 +339,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		func() error { return n.findZombies(k.c) },
 		n.checkSharing,
 		n.files.Fits,
+		n.files.CheckLocks,
 		func() error { return k.confine.check(n, k.c.warn) },
 	} {
 		if err := step(); err != nil {

@@ -556,7 +556,7 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		err = mm.CheckLocked(s.Pid, space)
 	}
 	if err != nil {
-		return task.Explain(err)
+		return task.Explain(file.ExplainLock(err))
 	}
 	if err := task.RestoreLDT(s, t.LDT); err != nil {
 		return err
@@ -628,6 +628,11 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	if i == 0 {
 		task.RestoreLast(&b, t, clocks)
 	}
+	table := rec.Files
+	if i == 0 {
+		table = t.Files
+	}
+	r.maker.Own(&b, r.head.Files(table), t.Pid)
 	task.RestoreThreadLast(&b, t, i)
 	if _, err := s.Run(&b); err != nil {
 		return task.Explain(err)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -224,7 +225,7 @@ func (r *restore) completeTables(b *tracee.Batch, t *image.Task) {
 		r.maker.RestoreFS(b, r.head.FS(t.FS))
 	}
 	if r.users.done(t.Files) {
-		r.maker.CloseTable(b)
+		r.maker.CloseTable(b, r.head.Files(t.Files))
 	}
 }
 
@@ -237,13 +238,13 @@ func (r *restore) completeAll(t *image.Task, threads []*tracee.Stub) error {
 			r.maker.RestoreFS(&b, r.head.FS(th.FS))
 		}
 		if th.Files != 0 && r.users.first(th.Files, "finish") {
-			r.maker.CloseTable(&b)
+			r.maker.CloseTable(&b, r.head.Files(th.Files))
 		}
 		if i == 0 && !vforks(t) {
 			r.completeTables(&b, t)
 		}
 		if _, err := s.Run(&b); err != nil {
-			return fail.On(fmt.Sprintf("thread %d", th.Tid), err)
+			return fail.On(fmt.Sprintf("thread %d", th.Tid), file.ExplainLock(err))
 		}
 	}
 	return nil

@@ -40,8 +40,8 @@ func kindOf(name string) *kind {
 
 func (s *seen) format() uint32 { return s.stat.Mode & unix.S_IFMT }
 
-// statusFlags are the flags that F_SETFL can change.
-const statusFlags = unix.O_APPEND | unix.O_NONBLOCK | unix.O_ASYNC | unix.O_DIRECT | unix.O_NOATIME
+// statusFlags are the flags that F_SETFL can change but O_ASYNC, which Own sets.
+const statusFlags = unix.O_APPEND | unix.O_NONBLOCK | unix.O_DIRECT | unix.O_NOATIME
 
 // setFlags adds an fcntl that gives a descriptor its status flags.
 func setFlags(b *tracee.Batch, fd int, flags uint32) {

@@ -48,6 +48,7 @@ type Maker struct {
 	unnamed  map[image.Ref]int // of them, the descriptions that made those of O_TMPFILE
 	filling  image.Ref         // the one that is being filled, through file
 	file     *os.File
+	owned    map[image.Ref]bool
 }
 
 type madePipe struct {
@@ -70,7 +71,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 	m := &Maker{
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
-		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, unnamed: map[image.Ref]int{},
+		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, owned: map[image.Ref]bool{}, unnamed: map[image.Ref]int{},
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
@@ -731,10 +732,12 @@ func (m *Maker) OwnTable(s *tracee.Stub, files *image.Files) error {
 	return m.Table(s, files)
 }
 
-// CloseTable closes what a stub has above the numbers of its process. The init
-// stub's goes last, for it holds the pipes until they are filled.
-func (m *Maker) CloseTable(b *tracee.Batch) {
+// CloseTable closes what a stub has above the numbers of its process, and takes
+// the table's locks. The init stub's goes last, for it holds the pipes until they
+// are filled.
+func (m *Maker) CloseTable(b *tracee.Batch, files *image.Files) {
 	b.Add(unix.SYS_CLOSE_RANGE, tracee.W(m.base), tracee.W(uint32(math.MaxUint32)), tracee.W(0))
+	m.lock(b, files)
 }
 
 // Keep hands one of the coordinator's files to a stub under a number of the

@@ -232,6 +232,9 @@ func (s *Set) Describe() error {
 	if err := s.readTerminals(); err != nil {
 		return err
 	}
+	if err := s.readLocks(); err != nil {
+		return err
+	}
 	s.findNames()
 	if err := s.checkPipes(); err != nil {
 		return err
@@ -250,11 +253,8 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Flags = d.seen.flags &^ unix.O_CLOEXEC
 	d.Record.Pos = d.seen.pos
 	d.Record.Opener = int32(d.seen.proc.Inner)
-	if d.seen.field("lock") != "" {
-		return fail.Refuse("", "a lock is held on it; file locks are not supported yet", "release it before the checkpoint")
-	}
-	if d.seen.flags&unix.O_ASYNC != 0 {
-		return fail.Refuse("", "it sends signals (O_ASYNC), which is not supported yet", "clear O_ASYNC before the checkpoint")
+	if err := s.readOwner(d); err != nil {
+		return gone(d.seen.proc.Pid, err)
 	}
 	for _, k := range kinds {
 		if k.is(s, d.seen) {

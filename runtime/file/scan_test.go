@@ -440,6 +440,15 @@ func TestRegular(t *testing.T) {
 	if gone := again.gone; len(gone) != 1 || gone[0].record.Path != path || gone[0].record.Size != 10 || gone[0].record.Mode != 0o100640 {
 		t.Errorf("%d removed files, %+v", len(gone), gone)
 	}
+	// As F_NOTIFY does, but for a process, where that does it for a thread.
+	_, err = unix.FcntlInt(d.Fd(), unix.F_SETOWN, os.Getpid())
+	must(t, err)
+	watching := world(t)
+	one := looked(t, self(), int(d.Fd()))
+	watching.all, watching.tables = []*seen{one}, []*Table{{proc: self()}}
+	refusal(t, watching.Describe(), "F_NOTIFY")
+	_, err = unix.FcntlInt(d.Fd(), unix.F_SETOWN, 0)
+	must(t, err)
 	outside := world(t)
 	outside.Mounts = nil
 	outside.all = []*seen{looked(t, self(), int(d.Fd()))}

@@ -1,299 +1,230 @@
 /*
- * locks [PART...] - what threads and processes do with futexes and their like,
- * held across a checkpoint: mutexes that hand their owner's priority on and
- * that notice its death, threads that are joined, barriers that have been
- * registered for, a restartable sequence that a thread is in.
+ * locks - file locks of every kind, held by two processes and waited for by
+ * others. Each kind must be in the way of exactly those in whose way it was, in
+ * the name of its owner, and who waits must wait on until the lock is given up.
  */
 #include "hold.h"
 
-#include <linux/membarrier.h>
-#include <linux/rseq.h>
-#include <pthread.h>
 #include <signal.h>
-#include <stddef.h>
-#include <sys/rseq.h>
+#include <sys/file.h>
 
-#define GET_REGISTRATIONS (1 << 9) /* MEMBARRIER_CMD_GET_REGISTRATIONS */
-#define HELD (120 * MS)	/* how long a lock is held, longer than a checkpoint's start */
+#define COUNTED "/out/locks.posix"
 
-static pthread_mutex_t *make_mutex(int protocol, int robust)
+static struct shared {
+	struct worker waiters[3];
+	volatile int turn;	/* rounds in which the waiters may pass */
+	volatile pid_t child;
+	volatile unsigned long checked;	/* by the child */
+} *shared;
+
+static pid_t parent;
+static int posix_fd, flock_fd, ofd_fd, other_fd, read_lease, write_lease;
+
+static int lock(int fd, int command, short type, off_t start, off_t length)
 {
-	pthread_mutex_t *m = map_shared(sizeof(*m));
-	pthread_mutexattr_t a;
+	struct flock l = { .l_type = type, .l_whence = SEEK_SET,
+			   .l_start = start, .l_len = length };
 
-	pthread_mutexattr_init(&a);
-	pthread_mutexattr_setpshared(&a, PTHREAD_PROCESS_SHARED);
-	pthread_mutexattr_setprotocol(&a, protocol);
-	pthread_mutexattr_setrobust(&a, robust);
-	need(!pthread_mutex_init(m, &a));
-	return m;
+	return fcntl(fd, command, &l);
 }
 
-/* --- priority inheritance: always held, and always waited for --- */
-
-static pthread_mutex_t *pi;
-static struct worker pi_workers[3] = { { .name = "pi" }, { .name = "pi" }, { .name = "pi" } };
-static volatile int pi_inside;
-
-static void *take_pi(void *arg)
+/* in_the_way expects that pid has a lock of this kind and extent. */
+static void in_the_way(int fd, int command, off_t at, short type, pid_t pid,
+		       off_t start, off_t length)
 {
-	struct worker *w = arg;
+	struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET,
+			   .l_start = at, .l_len = 1 };
+
+	need(!fcntl(fd, command, &l));
+	if (l.l_type != type || (type != F_UNLCK && (l.l_pid != pid ||
+	    l.l_start != start || l.l_len != length)))
+		fail("at %lld: lock %d of %d, %lld+%lld", (long long)at,
+		     l.l_type, l.l_pid, (long long)l.l_start,
+		     (long long)l.l_len);
+}
+
+static int file(const char *name, int flags)
+{
+	int fd = open(name, flags | O_CREAT, 0600);
+
+	need(fd >= 0);
+	return fd;
+}
+
+/* --- those who wait --- */
+
+static void await_turn(struct worker *w, int flock_it)
+{
+	int fd = file(flock_it ? "/out/locks.flock" : COUNTED, O_RDWR), turn;
 
 	for (;;) {
-		need(!pthread_mutex_lock(pi));
-		need(__sync_fetch_and_add(&pi_inside, 1) == 0);
-		doze(HELD / 4);
-		need(__sync_fetch_and_sub(&pi_inside, 1) == 1);
-		need(!pthread_mutex_unlock(pi));
+		turn = shared->turn;
+		if (flock_it)
+			need(!flock(fd, LOCK_EX));
+		else
+			need(!lock(fd, w == &shared->waiters[1] ?
+					   F_OFD_SETLKW : F_SETLKW,
+				   F_WRLCK, 0, 10));
 		w->done++;
-		doze(MS);
+		if (shared->turn == turn)
+			fail("a lock was had out of turn");
+		if (flock_it)
+			need(!flock(fd, LOCK_UN));
+		else
+			need(!lock(fd, w == &shared->waiters[1] ? F_OFD_SETLK :
+								  F_SETLK,
+				   F_UNLCK, 0, 10));
+		while (shared->turn % 2)
+			doze(MS);
 	}
-	return NULL;
 }
 
-static void make_pi(void)
+/* --- the other owner --- */
+
+static void other_owner(void)
 {
-	pthread_t t;
+	int fd = file(COUNTED, O_RDWR);
 
-	pi = make_mutex(PTHREAD_PRIO_INHERIT, PTHREAD_MUTEX_STALLED);
-	for (size_t i = 0; i < COUNT(pi_workers); i++)
-		need(!pthread_create(&t, NULL, take_pi, &pi_workers[i]));
-}
-
-static void check_pi(void)
-{
-	watch(pi_workers, COUNT(pi_workers));
-}
-
-/* --- robust: a process dies with the lock, another notices --- */
-
-static struct {
-	pthread_mutex_t *mutex;
-	struct worker *worker;
-} robust[2];
-
-static void die_with(pthread_mutex_t *m)
-{
-	int err = pthread_mutex_lock(m);
-
-	if (err == EOWNERDEAD) /* its predecessor was slow */
-		err = pthread_mutex_consistent(m);
-	if (err)
-		fail("lock: %s", strerror(err));
-	doze(HELD);
-	_exit(0);
-}
-
-static void *survive(void *arg)
-{
-	size_t i = (size_t)arg;
-	pthread_mutex_t *m = robust[i].mutex;
-
+	shared->child = getpid();
+	need(!lock(fd, F_SETLK, F_WRLCK, 10, 10));
 	for (;;) {
-		int status, err;
-		pid_t pid = fork();
-
-		need(pid >= 0);
-		if (!pid)
-			die_with(m);
-		doze(HELD / 4); /* it has the lock by now */
-		err = pthread_mutex_lock(m);
-		if (err == EOWNERDEAD) {
-			robust[i].worker->done++;
-			need(!pthread_mutex_consistent(m));
-		} else {
-			need(err == 0); /* it was slow */
-		}
-		need(!pthread_mutex_unlock(m));
-		need(waitpid(pid, &status, 0) == pid);
-		need(WIFEXITED(status) && !WEXITSTATUS(status));
-	}
-	return NULL;
-}
-
-static void make_robust(void)
-{
-	static const int protocols[] = { PTHREAD_PRIO_NONE, PTHREAD_PRIO_INHERIT };
-	pthread_t t;
-
-	for (size_t i = 0; i < COUNT(robust); i++) {
-		robust[i].mutex = make_mutex(protocols[i], PTHREAD_MUTEX_ROBUST);
-		robust[i].worker = map_shared(sizeof(struct worker));
-		robust[i].worker->name = "robust";
-		need(!pthread_create(&t, NULL, survive, (void *)i));
+		if (!(shared->turn % 2))
+			in_the_way(fd, F_GETLK, 20, F_RDLCK, parent, 20, 0);
+		/* What it holds itself is not in its way. */
+		in_the_way(fd, F_GETLK, 12, F_UNLCK, 0, 0, 0);
+		shared->checked++;
+		doze(5 * MS);
 	}
 }
 
-static void check_robust(void)
+/* --- signals about files: to whom, which, and that they still come --- */
+
+static int signal_pipe[2], owned_fd;
+static volatile sig_atomic_t came, came_fd;
+
+static void on_io(int sig, siginfo_t *info, void *context)
 {
-	for (size_t i = 0; i < COUNT(robust); i++)
-		watch(robust[i].worker, 1);
+	(void)sig;
+	(void)context;
+	came++;
+	came_fd = info->si_fd;
 }
 
-/* --- a thread's end wakes who joins it, by its tid address --- */
-
-static struct worker joins = { .name = "join" };
-
-static void *end_later(void *arg)
+static void make_owners(void)
 {
-	doze(HELD);
-	return arg;
+	struct f_owner_ex tid = { F_OWNER_TID, getpid() },
+			  group = { F_OWNER_PGRP, getpgrp() };
+	struct sigaction sa = { .sa_sigaction = on_io, .sa_flags = SA_SIGINFO |
+						      SA_RESTART };
+
+	need(!sigaction(SIGRTMIN + 3, &sa, NULL));
+	need(!pipe(signal_pipe));
+	need(!fcntl(signal_pipe[0], F_SETOWN_EX, &tid));
+	need(!fcntl(signal_pipe[0], F_SETSIG, SIGRTMIN + 3));
+	need(!fcntl(signal_pipe[0], F_SETFL, O_ASYNC | O_NONBLOCK));
+	owned_fd = file("/out/locks.owned", O_RDWR);
+	need(!fcntl(owned_fd, F_SETOWN_EX, &group));
 }
 
-static void *join_all(void *arg)
+static void check_owners(void)
 {
-	for (;;) {
-		pthread_t t;
-		void *got;
+	struct f_owner_ex ex;
+	int was = came;
+	char c;
 
-		need(!pthread_create(&t, NULL, end_later, &joins));
-		need(!pthread_join(t, &got) && got == &joins);
-		joins.done++;
-	}
-	return arg;
+	need(!fcntl(signal_pipe[0], F_GETOWN_EX, &ex));
+	need(ex.type == F_OWNER_TID && ex.pid == parent);
+	need(fcntl(signal_pipe[0], F_GETSIG) == SIGRTMIN + 3);
+	need(fcntl(signal_pipe[0], F_GETFL) == (O_ASYNC | O_NONBLOCK));
+	need(!fcntl(owned_fd, F_GETOWN_EX, &ex));
+	need(ex.type == F_OWNER_PGRP && ex.pid == getpgrp());
+	need(!fcntl(signal_pipe[1], F_GETOWN_EX, &ex) && !ex.pid);
+	need(write(signal_pipe[1], "x", 1) == 1);
+	need(came == was + 1 && came_fd == signal_pipe[0]);
+	need(read(signal_pipe[0], &c, 1) == 1 && c == 'x');
 }
 
-static void make_joins(void)
+static void make(void)
 {
-	pthread_t t;
-
-	need(!pthread_create(&t, NULL, join_all, NULL));
+	posix_fd = file(COUNTED, O_RDWR);
+	flock_fd = file("/out/locks.flock", O_RDWR);
+	ofd_fd = file("/out/locks.ofd", O_RDWR);
+	other_fd = file("/out/locks.ofd", O_RDWR);
+	close(file("/out/locks.lease", O_RDWR));
+	close(file("/out/locks.wlease", O_RDWR));
+	read_lease = open("/out/locks.lease", O_RDONLY);
+	write_lease = open("/out/locks.wlease", O_RDWR);
+	need(!lock(posix_fd, F_SETLK, F_WRLCK, 0, 10));
+	need(!lock(posix_fd, F_SETLK, F_RDLCK, 20, 0));
+	need(!flock(flock_fd, LOCK_EX));
+	need(!lock(ofd_fd, F_OFD_SETLK, F_RDLCK, 5, 5));
+	need(!lock(ofd_fd, F_OFD_SETLK, F_WRLCK, 100, 1));
+	need(!fcntl(read_lease, F_SETLEASE, F_RDLCK));
+	need(!fcntl(write_lease, F_SETLEASE, F_WRLCK));
 }
 
-static void check_joins(void) { watch(&joins, 1); }
-
-/* --- membarrier: who has registered may, who has not may not --- */
-
-static int barrier(int command)
+static void check(void)
 {
-	return syscall(SYS_membarrier, command, 0, 0);
+	int fd = open("/out/locks.flock", O_RDWR | O_CLOEXEC);
+
+	need(fd >= 0);
+	need(flock(fd, LOCK_SH | LOCK_NB) == -1 && errno == EWOULDBLOCK);
+	close(fd);
+	in_the_way(posix_fd, F_GETLK, 10, F_WRLCK, shared->child, 10, 10);
+	in_the_way(posix_fd, F_GETLK, 0, F_UNLCK, 0, 0, 0);
+	in_the_way(other_fd, F_OFD_GETLK, 5, F_RDLCK, -1, 5, 5);
+	in_the_way(other_fd, F_OFD_GETLK, 100, F_WRLCK, -1, 100, 1);
+	in_the_way(other_fd, F_OFD_GETLK, 50, F_UNLCK, 0, 0, 0);
+	in_the_way(ofd_fd, F_OFD_GETLK, 100, F_UNLCK, 0, 0, 0);
+	need(fcntl(read_lease, F_GETLEASE) == F_RDLCK);
+	need(fcntl(write_lease, F_GETLEASE) == F_WRLCK);
 }
 
-static volatile int *unregistered;
-
-static void check_unregistered(void)
+/* pass gives the locks up that are waited for, and takes them again. */
+static void pass(void)
 {
-	if (barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED) != -1 || errno != EPERM ||
-	    barrier(GET_REGISTRATIONS) > 0)
-		*unregistered = -1;
+	unsigned long was[3];
+
+	for (int i = 0; i < 3; i++)
+		was[i] = shared->waiters[i].done;
+	doze(20 * MS);
+	for (int i = 0; i < 3; i++)
+		need(shared->waiters[i].done == was[i]);
+	shared->turn++;
+	need(!lock(posix_fd, F_SETLK, F_UNLCK, 0, 10));
+	need(!flock(flock_fd, LOCK_UN));
+	for (int i = 0; i < 3; i++)
+		while (shared->waiters[i].done == was[i])
+			doze(MS);
+	need(!lock(posix_fd, F_SETLKW, F_WRLCK, 0, 10));
+	need(!flock(flock_fd, LOCK_EX));
+	shared->turn++;
 }
 
-static void make_membarrier(void)
+int main(void)
 {
-	unregistered = map_shared(sizeof(int));
-	if (!fork())
-		for (;;) {
-			check_unregistered();
-			doze(20 * MS);
-		}
-	need(!barrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED));
-	need(!barrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE));
-	need(!barrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED));
-}
+	struct worker child = { .name = "other owner" };
 
-static void check_membarrier(void)
-{
-	need(!barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED));
-	need(!barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE));
-	need(barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED_RSEQ) == -1 && errno == EPERM);
-	need(barrier(GET_REGISTRATIONS) ==
-	     (MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED |
-	      MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE |
-	      MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED));
-	need(!*unregistered);
-}
-
-/* --- a restartable sequence: a thread that is in one all the time --- */
-
-static volatile unsigned long begun, aborted, finished;
-static volatile long leave;
-
-/* Begins a sequence that ends when leave is set. Whoever has been stopped in
- * it must come out by its abort handler and begin anew. */
-static void sequence(struct rseq *area)
-{
-	__asm__ volatile goto(
-		".pushsection .data.rel, \"aw\"\n\t"
-		".balign 32\n"
-		"3:\t.long 0, 0\n\t"
-		".quad 1f, 2f - 1f, 4f\n\t"
-		".popsection\n\t"
-		"leaq 3b(%%rip), %%rax\n\t"
-		"movq %%rax, %c[cs](%[area])\n"
-		"1:\tcmpq $0, leave(%%rip)\n\t"
-		"je 1b\n\t"
-		"incq finished(%%rip)\n"
-		"2:\tjmp %l[out]\n\t"
-		".long 0x53053053\n"
-		"4:\tincq aborted(%%rip)\n\t"
-		"jmp %l[out]\n"
-		:
-		: [area] "r"(area), [cs] "i"(offsetof(struct rseq, rseq_cs))
-		: "rax", "memory", "cc"
-		: out);
-out:
-	return;
-}
-
-static void *be_in_sequence(void *arg)
-{
-	struct rseq *area = (void *)((char *)__builtin_thread_pointer() + __rseq_offset);
-
-	for (;;) {
-		begun++;
-		sequence(area);
-	}
-	return arg;
-}
-
-static void make_rseq(void)
-{
-	pthread_t t;
-
-	need(__rseq_size);
-	need(!pthread_create(&t, NULL, be_in_sequence, NULL));
-}
-
-/* Between a checkpoint and a restore the wall clock goes on and the monotonic
- * one does not: that tells that there was one. */
-static void check_rseq(void)
-{
-	static unsigned long begun_before;
-	static long long apart_before;
-	long long first = mono_ns(), apart = clock_ns(CLOCK_REALTIME) - first;
-
-	if (mono_ns() - first > 50 * MS)
-		return; /* the two were not read together */
-	if (apart_before && apart - apart_before > 100 * MS)
-		if (begun == begun_before)
-			fail("a sequence was not aborted; %lu were begun, %lu aborted", begun, aborted);
-	apart_before = apart;
-	begun_before = begun;
-	need(finished == 0);
-}
-
-static const struct {
-	const char *name;
-	void (*make)(void), (*check)(void);
-} parts[] = {
-	{ "membarrier", make_membarrier, check_membarrier },
-	{ "pi", make_pi, check_pi },
-	{ "robust", make_robust, check_robust },
-	{ "joins", make_joins, check_joins },
-	{ "rseq", make_rseq, check_rseq },
-};
-
-int main(int argc, char **argv)
-{
 	report_open("locks");
-	for (size_t i = 0; i < COUNT(parts); i++)
-		if (wanted(argc, argv, parts[i].name))
-			parts[i].make();
+	parent = getpid();
+	shared = map_shared(4096);
+	make();
+	make_owners();
+	if (!fork())
+		other_owner();
+	for (int i = 0; i < 3; i++)
+		if (!fork())
+			await_turn(&shared->waiters[i], i == 2);
+	while (!shared->child || !shared->checked)
+		doze(MS);
 	for (;;) {
-		for (size_t i = 0; i < COUNT(parts); i++)
-			if (wanted(argc, argv, parts[i].name))
-				parts[i].check();
+		check();
+		check_owners();
+		if (round_no % 16 == 15)
+			pass();
+		child.done = shared->checked;
+		watch(&child, 1);
 		tick();
-		doze(20 * MS);
+		doze(10 * MS);
 	}
 }
