@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -106,6 +107,39 @@ func TestUnsupported(t *testing.T) {
 			c.progress(3)
 		})
 	}
+}
+
+// TestFileValidation changes files between a checkpoint and its restores.
+func TestFileValidation(t *testing.T) {
+	c := newContainer(t, withReport("memory"), withArgs("/bin/memory")).run()
+	c.progress(5)
+	c.checkpoint()
+	c.mustBeGone()
+	program, report := filepath.Join(c.rootfs(), "bin/memory"), c.out("memory")
+	was, err := os.Stat(program)
+	c.must(err)
+	content, err := os.ReadFile(report)
+	c.must(err)
+	// It is a link to the fixture: change one of its own.
+	c.must(run("cp", "-a", program, program+".new"))
+	c.must(os.Rename(program+".new", program))
+
+	c.must(os.Chtimes(program, was.ModTime(), was.ModTime().Add(time.Second)))
+	c.tryRestore().mustRefuse(t, "/bin/memory", "changed at", "--file-validation")
+	c.must(os.Truncate(program, was.Size()+1))
+	c.tryRestore("--file-validation=size").mustRefuse(t, "/bin/memory", "bytes instead of")
+	c.must(os.Truncate(program, was.Size()))
+	c.must(os.Chtimes(program, was.ModTime(), was.ModTime()))
+
+	c.must(os.WriteFile(report, content[:2], 0o644))
+	c.tryRestore().mustRefuse(t, "/out/memory", "is open at")
+	c.tryRestore("--file-validation=no").mustRefuse(t, "strict, size, none")
+	next := fmt.Sprintf("%d\n", bytes.Count(content, []byte("\n"))+1)
+	c.must(os.WriteFile(report, append(content, next...), 0o644))
+	if r := c.tryRestore(); r.code != 0 || !strings.Contains(r.stderr, "has grown") {
+		t.Fatalf("exit status %d\n%s", r.code, r.stderr)
+	}
+	c.adopt()
 }
 
 // TestLockConflict restores while somebody outside has the lock of a file. The

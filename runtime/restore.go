@@ -29,6 +29,9 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
+// FileValidations are the values of RestoreOptions.FileValidation.
+var FileValidations = file.Validations
+
 // RestoreOptions say what to restore, from where, and as what.
 type RestoreOptions struct {
 	Root    string // state root of the runtime
@@ -40,10 +43,12 @@ type RestoreOptions struct {
 	// container's terminal. Without it and without Detach it is Restored.Terminal.
 	ConsoleSocket string
 	Detach        bool
-	SystemdCgroup bool
-	NoPivot       bool
-	NoNewKeyring  bool
-	Log           *slog.Logger
+	// FileValidation is one of FileValidations, "" for the first.
+	FileValidation string
+	SystemdCgroup  bool
+	NoPivot        bool
+	NoNewKeyring   bool
+	Log            *slog.Logger
 }
 
 // restore is one journey in.
@@ -218,6 +223,9 @@ func (r *restore) openFiles(context.Context) error {
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
 	r.maker.Warn = r.Log.Warn
+	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
+		r.maker.Validation = file.ValidateStrict
+	}
 	if err := r.maker.Start(); err != nil {
 		return err
 	}

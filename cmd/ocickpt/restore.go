@@ -2,10 +2,13 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -26,6 +29,7 @@ var restoreCommand = &cli.Command{
 		&cli.BoolFlag{Name: "detach", Aliases: []string{"d"}, Usage: "do not wait for the container"},
 		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
 		&cli.StringFlag{Name: "console-socket", Usage: "unix socket that takes the master of the container's terminal, with --detach"},
+		&cli.StringFlag{Name: "file-validation", Value: runtime.FileValidations[0], Usage: "how far files must be as they were: " + strings.Join(runtime.FileValidations, ", ")},
 		&cli.BoolFlag{Name: "no-pivot", Usage: "do not use pivot_root (the root is a ramdisk)"},
 		&cli.BoolFlag{Name: "no-new-keyring", Usage: "do not make a session keyring for the container"},
 	},
@@ -46,8 +50,12 @@ func restore(c *cli.Context) error {
 		return err
 	}
 	defer in.Close()
+	if v := c.String("file-validation"); !slices.Contains(runtime.FileValidations, v) {
+		return fmt.Errorf("--file-validation %s: it is one of %s", v, strings.Join(runtime.FileValidations, ", "))
+	}
 	o := runtime.RestoreOptions{
-		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
+		FileValidation: c.String("file-validation"),
+		ID:             id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
 		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
 	}
 	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile, "console-socket": &o.ConsoleSocket} {

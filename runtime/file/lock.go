@@ -24,7 +24,7 @@ import (
 // the task whose table it is can take them again. Who waits for a lock is in a
 // system call that is made again, and waits again.
 
-// locksKinds are the names of fdinfo.
+// lockKinds are the names of fdinfo.
 var lockKinds = map[string]string{"POSIX": image.LockPosix, "OFDLCK": image.LockOFD, "FLOCK": image.LockFlock, "LEASE": image.LockLease}
 
 // lockLines are the lines of an fdinfo that tell of locks, without their number:

@@ -26,6 +26,8 @@ import (
 type Maker struct {
 	Realtime int64 // CLOCK_REALTIME of the checkpoint, nanoseconds
 	Warn     func(msg string, args ...any)
+	// Validation is one of Validations.
+	Validation string
 
 	head     *image.Head
 	bundle   Identity
@@ -484,6 +486,9 @@ func (m *Maker) openChunk(refs []image.Ref) error {
 	}
 	for i, ref := range refs {
 		m.fds[ref] = up[i]
+	}
+	if err := m.validate(refs); err != nil {
+		return err
 	}
 	for start, end := range m.sameOpener(refs) {
 		if err := m.finish(m.opener(m.head.File(refs[start])), refs[start:end]); err != nil {
