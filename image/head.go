@@ -69,6 +69,21 @@ func (h *Head) Task(pid int32) *Task { return h.tasks[pid] }
 // Process returns the process pid of the tree, or nil if there is none.
 func (h *Head) Process(pid int32) *Process { return h.processes[pid] }
 
+// UserOf returns the user namespace that the process pid is in, or nil if that
+// is the container's own.
+func (h *Head) UserOf(pid int32) *NestedNamespace {
+	p := h.Process(pid)
+	if p == nil {
+		return nil
+	}
+	for _, ref := range p.Namespaces {
+		if n := h.Nested(ref); n != nil && n.Type == "user" {
+			return n
+		}
+	}
+	return nil
+}
+
 // builder checks the records of a stream one by one and assembles the head
 // from them. Writer and Reader each own one, so that both hold a stream to the
 // same rules.

@@ -1,10 +1,14 @@
 package integration
 
 import (
+	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -27,6 +31,7 @@ var nested = []struct {
 	{name: "user of root", script: "(uph(())){UPNl()}", options: []option{withCapabilities("CAP_SETFCAP")}},
 	{name: "time", script: "(t(()))(h(t()))"},
 	{name: "user time", script: "(ut(h(t())))", options: nobody},
+	{name: "threads", script: "(up(k(kk)))(uk(k)){UP(k)kk}", options: nobody},
 	{name: "joined", script: "({PHINC}j())"},
 }
 
@@ -44,7 +49,7 @@ func TestNested(t *testing.T) {
 			c := newContainer(t, append([]option{withReport("nested"), withArgs("/bin/nested", "nested", n.script),
 				withCapabilities("CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_NET_ADMIN", "CAP_SYS_TIME", "CAP_SYS_CHROOT")}, n.options...)...).run()
 			c.progress(5)
-			before := c.tree()
+			before, ids := c.tree(), c.innerIDs()
 			if want := 1 + strings.Count(n.script, "(") + strings.Count(n.script, "{") - strings.Count(n.script, "x"); len(before) != want {
 				t.Fatalf("there are %d processes, not %d", len(before), want)
 			}
@@ -59,11 +64,67 @@ func TestNested(t *testing.T) {
 				c.mustBeGone()
 				c.restore()
 				c.sameTree(before)
+				if diff := cmp.Diff(ids, c.innerIDs()); diff != "" {
+					t.Fatalf("ids changed (-before +after):\n%s", diff)
+				}
 				c.progress(10)
 			}
 			c.checkpoint("--leave-running")
 			c.mustBe(specs.StateRunning)
 			c.progress(10)
+		})
+	}
+}
+
+// innerIDs are the ids of every thread of the container in each of its pid
+// namespaces, as the container's /proc shows them.
+func (c *container) innerIDs() (ids []string) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/root/proc/[0-9]*/task/*/status", c.state().Pid))
+	c.must(err)
+	for _, name := range files {
+		data, err := os.ReadFile(name)
+		c.must(err)
+		_, rest, _ := strings.Cut(string(data), "NSpid:")
+		line, _, _ := strings.Cut(rest, "\n")
+		ids = append(ids, strings.TrimSpace(line))
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// TestNestedRefused restores into bundles that do not let a task make what the
+// image says that tasks have made.
+func TestNestedRefused(t *testing.T) {
+	for name, r := range map[string]struct {
+		script  string
+		options []option
+		less    func(spec *specs.Spec)
+		says    string
+	}{
+		"capability": {"(h)", []option{withCapabilities("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")}, func(spec *specs.Spec) {
+			spec.Process.Capabilities.Bounding = []string{"CAP_SYS_PTRACE"}
+		}, "CAP_SYS_ADMIN"},
+		"ids": {"{U}", nobody, func(spec *specs.Spec) { spec.Process.User.UID = 2000 }, "uid 1000"},
+		"clocks": {"(t)", []option{withCapabilities("CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_SYS_TIME")}, func(spec *specs.Spec) {
+			spec.Process.Capabilities.Bounding = []string{"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"}
+		}, "CAP_SYS_TIME"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var spec specs.Spec
+			keep := func(_ *container, s *specs.Spec) { spec = *s }
+			c := newContainer(t, append(append([]option{withReport("nested"), withArgs("/bin/nested", "nested", r.script)}, r.options...), keep)...).run()
+			c.progress(5)
+			c.checkpoint()
+			c.mustBeGone()
+			less := spec
+			process, capabilities, linux := *spec.Process, *spec.Process.Capabilities, *spec.Linux
+			less.Process, less.Process.Capabilities, less.Linux = &process, &capabilities, &linux
+			r.less(&less)
+			c.writeSpec(&less)
+			c.tryRestoreFile(filepath.Join(c.image(), "checkpoint.img"), c.bundle).mustRefuse(t, r.says)
+			c.writeSpec(&spec)
+			c.restore()
+			c.progress(5)
 		})
 	}
 }

@@ -38,7 +38,7 @@ func (g *grants) checkImage(head *image.Head) error {
 		return err
 	}
 	for _, t := range head.Tasks {
-		err := g.checkProcess(t, userOf(head, t.Pid))
+		err := g.checkProcess(t, head.UserOf(t.Pid))
 		if err == nil {
 			err = g.checkLocked(head.MM(t.MM))
 		}
@@ -231,20 +231,6 @@ func (g *grants) mayBe(uid uint32) bool { return g.has(unix.CAP_SETUID) || g.any
 
 func (g *grants) mayBeIn(gid uint32) bool {
 	return g.has(unix.CAP_SETGID) || g.anyID || slices.Contains(g.groups, gid)
-}
-
-// userOf is the user namespace of a process, nil for the container's own.
-func userOf(head *image.Head, pid int32) *image.NestedNamespace {
-	p := head.Process(pid)
-	if p == nil {
-		return nil
-	}
-	for _, ref := range p.Namespaces {
-		if n := head.Nested(ref); n.Type == "user" {
-			return n
-		}
-	}
-	return nil
 }
 
 // checkNested refuses namespaces that no task of the container could have made.

@@ -46,6 +46,9 @@ func (m *Maker) identityOf(pid int32) Identity {
 		return m.bundle
 	}
 	c := &t.Threads[0].Creds
+	if m.head.UserOf(t.Pid) != nil { // its capabilities are not about the container
+		return Identity{UID: c.UID[3], GID: c.GID[3], Groups: c.Groups}
+	}
 	return Identity{UID: c.UID[3], GID: c.GID[3], Groups: c.Groups, Capabilities: c.Effective & m.bundle.Capabilities}
 }
 

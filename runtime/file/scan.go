@@ -156,6 +156,7 @@ type Env struct {
 	// and inode, "" if there is none.
 	Named func(dev, ino uint64) string
 	IDs   task.IDMaps
+	NetNS uint64 // inode of the container's network namespace
 }
 
 type mappedKey struct {

@@ -2,13 +2,36 @@ package file
 
 import (
 	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
+
+// inContainersNetwork refuses a socket of another network namespace than the
+// container's (SIOCGSKNS, socket(7)): it would be made again in that one.
+func (s *Set) inContainersNetwork(f *os.File) error {
+	if s.NetNS == 0 {
+		return nil
+	}
+	ns, err := unix.IoctlRetInt(int(f.Fd()), unix.SIOCGSKNS)
+	if err != nil {
+		return fmt.Errorf("its network namespace: %w", err)
+	}
+	defer unix.Close(ns)
+	var st unix.Stat_t
+	if err := unix.Fstat(ns, &st); err != nil {
+		return fmt.Errorf("its network namespace: %w", err)
+	}
+	if st.Ino != s.NetNS {
+		return fail.Refuse("", "it belongs to another network namespace than the container's; such sockets are not supported yet", "close it before the checkpoint")
+	}
+	return nil
+}
 
 // socket leaves everything but the descriptor to the room of sockets.
 var socket = kind{
@@ -20,6 +43,9 @@ var socket = kind{
 			return err
 		}
 		defer f.Close()
+		if err := s.inContainersNetwork(f); err != nil {
+			return err
+		}
 		in := &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat}
 		d.Record.Kind = image.KindSocket
 		d.Record.Socket, err = sock.Read(in, f, d.seen.stat.Ino)

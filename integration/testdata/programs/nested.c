@@ -18,6 +18,7 @@
  *	d	hold a directory and a file open, and stand, in /tmp
  *	w	open a unix and a TCP socket
  *	j	join all namespaces but the user's of the child forked last
+ *	k	start a thread
  *	s g	setsid, setpgid(0, 0)		x	exit, reaped by the parent
  *	z	exit and stay a zombie
  *
@@ -30,6 +31,7 @@
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <net/if.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -399,6 +401,29 @@ static void join_child(void)
 	}
 }
 
+/* A thread whose ids stay, as it and /proc see them. */
+static void *hold_thread(void *tid)
+{
+	pid_t me = gettid();
+
+	*(volatile pid_t *)tid = me;
+	for (;;) {
+		need(gettid() == me);
+		doze(20 * MS);
+	}
+}
+
+static void start_thread(void)
+{
+	static volatile pid_t tid;
+	pthread_t thread;
+
+	tid = 0;
+	need(!pthread_create(&thread, NULL, hold_thread, (void *)&tid));
+	while (!tid)
+		doze(MS);
+}
+
 static void step(char c)
 {
 	switch (c) {
@@ -421,6 +446,7 @@ static void step(char c)
 	case 'd': open_files(); break;
 	case 'w': open_sockets(); break;
 	case 'j': join_child(); break;
+	case 'k': start_thread(); break;
 	case 's': need(setsid() == getpid()); break;
 	case 'g': need(!setpgid(0, 0)); break;
 	default: fail("unknown step %c", c);
