@@ -234,10 +234,8 @@ func (n *census) admit(c *container, p *process) (err error) {
 	if p.place, err = n.nested.Add(p.pid, p.name()); err != nil {
 		return err
 	}
-	for _, tid := range p.tids[1:] {
-		if err := n.nested.CheckThread(p.pid, tid); err != nil {
-			return err
-		}
+	if err := n.nested.CheckThreads(p.pid, p.tids); err != nil {
+		return err
 	}
 	return c.inMainCgroup(p.pid)
 }

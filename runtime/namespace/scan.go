@@ -133,23 +133,30 @@ func (p *Place) add(n *Namespace) {
 	}
 }
 
-// CheckThread refuses a thread in other namespaces than its process.
-func (s *Set) CheckThread(pid, tid int) error {
+// CheckThreads refuses threads in other namespaces than their process. Those that
+// are gone by now, as they may be while they run, are none.
+func (s *Set) CheckThreads(pid int, tids []int) error {
+	if len(tids) < 2 {
+		return nil
+	}
 	for _, kind := range []string{"cgroup", "ipc", "mnt", "net", "pid_for_children", "uts"} {
-		path := nsutil.Path(tid, kind)
-		theirs, err := os.Readlink(path)
-		if err != nil && !(kind == "pid_for_children" && errors.Is(err, fs.ErrNotExist)) {
-			return gone(tid, err)
-		}
 		ours, err := os.Readlink(nsutil.Path(pid, kind))
-		if err != nil && !(kind == "pid_for_children" && errors.Is(err, fs.ErrNotExist)) {
+		if err != nil && kind != "pid_for_children" { // that may be unborn
 			return gone(pid, err)
 		}
-		if theirs != ours {
-			return fail.Refuse(fmt.Sprintf("thread (host %d)", tid), "it is in another "+kind+" namespace than its process; that is not supported yet", "")
+		for _, tid := range tids[1:] {
+			theirs, err := os.Readlink(nsutil.Path(tid, kind))
+			if err == nil && theirs != ours || err != nil && ours != "" && kind == "pid_for_children" && alive(tid) {
+				return fail.Refuse(fmt.Sprintf("thread (host %d)", tid), "it is in another "+kind+" namespace than its process; that is not supported yet", "")
+			}
 		}
 	}
 	return nil
+}
+
+func alive(tid int) bool {
+	_, err := os.Stat(fmt.Sprintf("/proc/%d", tid))
+	return err == nil
 }
 
 func gone(pid int, err error) error {
