@@ -252,6 +252,11 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 		if offset != next {
 			return fmt.Errorf("bytes of pipe #%d at %d do not follow those before, which end at %d", ref, offset, next)
 		}
+	case *Messages:
+		size = o.Bytes()
+		if offset != next {
+			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
+		}
 	case *Removed:
 		size = uint64(o.Size)
 	case *Inode:

@@ -120,7 +120,7 @@ func (m *MM) covers(start, end uint64) bool {
 	return true
 }
 
-func checkShmem(s *Shmem) error {
+func (b *builder) checkShmem(s *Shmem) error {
 	if s.Size > 1<<62 { // loff_t, with room to round up
 		return fmt.Errorf("shared memory of %d bytes", s.Size)
 	}
@@ -130,7 +130,13 @@ func checkShmem(s *Shmem) error {
 	if s.Path != "" && (s.Memfd || s.HugePage != 0) {
 		return errors.New("a memfd or huge pages with a path")
 	}
-	return nil
+	if s.SysV == nil {
+		return nil
+	}
+	if s.Memfd || s.Path != "" || s.HugePage != 0 || s.Size == 0 {
+		return errors.New("a System V segment that is empty, a memfd, a file or has huge pages")
+	}
+	return b.checkPerm(ipcShm, &s.SysV.Perm)
 }
 
 // end returns the address after the run; ok is false where it is not a

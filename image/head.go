@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages
 
 	tasks     map[int32]*Task
 	processes map[int32]*Process // by pid
@@ -90,13 +90,14 @@ func (h *Head) UserOf(pid int32) *NestedNamespace {
 type builder struct {
 	Head
 	section  section
-	last     Ref            // highest reference defined so far
-	metadata uint64         // payload bytes of sections 1 to 5
-	spaceOf  map[Ref]Ref    // the address space of those who have these signal actions
-	progress map[Ref]uint64 // where the next TypeBytes of an object may begin, or pages of one with a donor
-	places   map[Ref]place  // of inodes
-	names    map[Name]bool  // taken
-	lent     map[Ref]bool   // address spaces of which others have borrowed
+	last     Ref                       // highest reference defined so far
+	metadata uint64                    // payload bytes of sections 1 to 5
+	spaceOf  map[Ref]Ref               // the address space of those who have these signal actions
+	progress map[Ref]uint64            // where the next TypeBytes of an object may begin, or pages of one with a donor
+	places   map[Ref]place             // of inodes
+	names    map[Name]bool             // taken
+	lent     map[Ref]bool              // address spaces of which others have borrowed
+	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
 }
 
 func newBuilder() *builder {
@@ -107,6 +108,7 @@ func newBuilder() *builder {
 		places:   map[Ref]place{},
 		names:    map[Name]bool{},
 		lent:     map[Ref]bool{},
+		ipc:      map[string]map[int32]bool{},
 	}
 }
 
@@ -203,7 +205,11 @@ func (b *builder) check(v any) error {
 	case *MM:
 		return b.checkMM(v)
 	case *Shmem:
-		return checkShmem(v)
+		return b.checkShmem(v)
+	case *SemSet:
+		return b.checkSemaphores(v)
+	case *Messages:
+		return b.checkMessages(v)
 	case *Sighand:
 		return checkSighand(v)
 	}
@@ -238,6 +244,9 @@ func (b *builder) keep(ref Ref, v any) {
 		b.spaceOf[v.Sighand] = v.MM
 	case *Inode:
 		b.keepInode(ref, v)
+	case *Shmem, *SemSet, *Messages:
+		b.Objects[ref] = v
+		b.keepIPC(v)
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v
@@ -268,6 +277,9 @@ func (b *builder) finish() error {
 	for ref, o := range b.Objects {
 		if p, ok := o.(*Pipe); ok && b.progress[ref] != uint64(p.Length) {
 			return fmt.Errorf("pipe #%d holds %d bytes, the image has %d of them", ref, p.Length, b.progress[ref])
+		}
+		if q, ok := o.(*Messages); ok && b.progress[ref] != q.Bytes() {
+			return fmt.Errorf("message queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
 		}
 	}
 	return nil

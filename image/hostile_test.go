@@ -364,6 +364,18 @@ func TestBadObjects(t *testing.T) {
 		{"a mask of 130 bytes", on(func(m *MM) bool { m.Areas[0].Policy = &MemPolicy{Nodes: make([]byte, 130)}; return true })},
 		{"utilization clamps", on(func(k *Task) bool { k.Threads[0].Sched.UtilMax = 1025; return true })},
 		{"seccomp mode 1 with 1 filters", on(func(k *Task) bool { k.Threads[0].SeccompMode = 1; return true })},
+		{"a segment with id -1", on(func(s *Shmem) bool { s.SysV = &SysVSegment{Perm: IPCPerm{ID: -1}}; return s.Name == "" })},
+		{"a segment of mode 01000", on(func(s *Shmem) bool { s.SysV = &SysVSegment{Perm: IPCPerm{Mode: 0o1000}}; return s.Name == "" })},
+		{"that is empty, a memfd", on(func(s *Shmem) bool { s.SysV = &SysVSegment{}; return s.Memfd })},
+		{"that is empty, a memfd", on(func(s *Shmem) bool { s.Size = 0; return s.SysV != nil })},
+		{"a set of 0 semaphores", on(func(s *SemSet) bool { s.Values = nil; return true })},
+		{"a set of 32001 semaphores", on(func(s *SemSet) bool { s.Values = make([]uint16, 32001); return true })},
+		{"semaphore 0 has the value 32768", on(func(s *SemSet) bool { s.Values = []uint16{32768}; return true })},
+		{"adjustment of semaphore 2 by undo list 1", on(func(s *SemSet) bool { s.Undo = []SemUndo{{1, 2, 1}}; return true })},
+		{"adjustment of semaphore 1 by undo list 1", on(func(s *SemSet) bool { s.Undo = []SemUndo{{1, 1, 1}, {1, 1, 2}}; return true })},
+		{"adjustment of semaphore 0 by undo list 0", on(func(s *SemSet) bool { s.Undo = []SemUndo{{}}; return true })},
+		{"a message of a type that is not positive", on(func(q *Messages) bool { q.Messages = []Message{{Type: 0}}; return true })},
+		{"too long", on(func(q *Messages) bool { q.Messages = []Message{{Type: 1, Size: 65 << 20}}; return true })},
 		{"an inode of mode 0100", on(func(n *Inode) bool { n.Mode = 0o100; return true })},
 		{"an inode of mode 040755 and 5 bytes", on(func(n *Inode) bool { n.Size = 5; n.Mode = 0o40755; return n.Point == "" })},
 		{"and 9223372036854775808 bytes", on(func(n *Inode) bool { n.Size = 1 << 63; return len(n.Names) == 2 })},
@@ -475,6 +487,38 @@ func TestBadTree(t *testing.T) {
 	f.head(t, 3)
 	f.any(t, TypeTree, 0, Tree{})
 	refused(t, f.image(), "it has no process")
+}
+
+// TestSameIPC gives two objects of a kind one id, or one key.
+func TestSameIPC(t *testing.T) {
+	for want, second := range map[string]IPCPerm{"two message queues with id 4": {ID: 4}, "two message queues with key 0x9": {ID: 5, Key: 9}} {
+		f := newForge()
+		f.head(t, 4)
+		f.any(t, TypeSemSet, 3, SemSet{Perm: IPCPerm{ID: 4, Key: 9}, Values: []uint16{0}})
+		f.any(t, TypeMessages, 4, Messages{Perm: IPCPerm{ID: 4, Key: 9}})
+		f.any(t, TypeMessages, 5, Messages{Perm: second})
+		refused(t, f.image(), want)
+	}
+}
+
+// TestBadMessages gives the texts of a message queue wrongly, or not at all.
+func TestBadMessages(t *testing.T) {
+	for want, write := range map[string]func(f *forge) error{
+		"bytes of message queue #3 at 1":          func(f *forge) error { return f.bulk(TypeBytes, 3, Bytes{1}, []byte("x")) },
+		"6 bytes at 0 are outside object #3":      func(f *forge) error { return f.bulk(TypeBytes, 3, Bytes{}, []byte("onetwo")) },
+		"holds 5 bytes, the image has 3 of them":  func(f *forge) error { return f.bulk(TypeBytes, 3, Bytes{}, []byte("one")) },
+		"holds 5 bytes, the image has 0 of them2": nil,
+	} {
+		f := newForge()
+		f.head(t, 3)
+		f.any(t, TypeTree, 0, Tree{Processes: []Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}})
+		f.any(t, TypeMessages, 3, Messages{Messages: []Message{{Type: 1, Size: 3}, {Type: 1}, {Type: 1, Size: 2}}})
+		if write != nil {
+			check(t, write(f))
+		}
+		f.any(t, TypeTrailer, 0, f.tally.trailer())
+		refused(t, f.image(), strings.TrimSuffix(want, "2"))
+	}
 }
 
 func TestBadBeginning(t *testing.T) {

@@ -42,6 +42,8 @@ const (
 	TypeShmem     Type = 402
 	TypePages     Type = 403
 	TypeBytes     Type = 404
+	TypeSemSet    Type = 501
+	TypeMessages  Type = 502
 	TypeSighand   Type = 601
 	TypeTrailer   Type = 9001
 	TypeError     Type = 9999
@@ -693,6 +695,56 @@ type Shmem struct {
 	// Path is set for a file of a tmpfs in the container that was removed and
 	// lives on as shared memory.
 	Path string `cbor:"7,keyasint,omitempty"`
+	// SysV is set for a System V segment.
+	SysV *SysVSegment `cbor:"8,keyasint,omitempty"`
+}
+
+// IPCPerm is who a System V object belongs to (ipc_perm of svipc(7)); ids of
+// users as the container's user namespace numbers them.
+type IPCPerm struct {
+	ID   int32  `cbor:"1,keyasint"`
+	Key  int32  `cbor:"2,keyasint,omitempty"` // 0: IPC_PRIVATE
+	UID  uint32 `cbor:"3,keyasint,omitempty"`
+	GID  uint32 `cbor:"4,keyasint,omitempty"`
+	CUID uint32 `cbor:"5,keyasint,omitempty"` // creator
+	CGID uint32 `cbor:"6,keyasint,omitempty"`
+	Mode uint32 `cbor:"7,keyasint,omitempty"` // nine permission bits
+}
+
+// SysVSegment is what a System V segment has besides its memory (shmget(2)).
+type SysVSegment struct {
+	Perm    IPCPerm `cbor:"1,keyasint"`
+	Removed bool    `cbor:"2,keyasint,omitempty"` // SHM_DEST: it goes with its last user
+	Locked  bool    `cbor:"3,keyasint,omitempty"` // SHM_LOCKED
+}
+
+// SemSet is a System V semaphore set (semget(2)).
+type SemSet struct {
+	Perm   IPCPerm   `cbor:"1,keyasint"`
+	Values []uint16  `cbor:"2,keyasint"`
+	Undo   []SemUndo `cbor:"3,keyasint,omitempty"`
+}
+
+// SemUndo is what is added to a semaphore when the last thread of an undo list
+// ends (SEM_UNDO of semop(2)).
+type SemUndo struct {
+	List   uint32 `cbor:"1,keyasint"` // Thread.SemUndo
+	Number uint16 `cbor:"2,keyasint"` // in the set
+	Adjust int16  `cbor:"3,keyasint"`
+}
+
+// Messages is a System V message queue (msgget(2)). The texts of its messages
+// follow, one after another, as TypeBytes records of the same reference.
+type Messages struct {
+	Perm     IPCPerm   `cbor:"1,keyasint"`
+	MaxBytes uint64    `cbor:"2,keyasint"` // msg_qbytes
+	Messages []Message `cbor:"3,keyasint,omitempty"`
+}
+
+// Message is one message of a queue, the oldest first.
+type Message struct {
+	Type int64  `cbor:"1,keyasint"`
+	Size uint32 `cbor:"2,keyasint,omitempty"`
 }
 
 // Pages heads a TypePages record: the runs whose pages follow raw, in order.

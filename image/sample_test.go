@@ -40,6 +40,9 @@ const (
 	refTmpfs
 	refTmpDir
 	refTmpFile
+	refSegment
+	refSemSet
+	refMessages
 )
 
 const areaHeap = 0x7f0000001000
@@ -140,6 +143,9 @@ func sampleObjects() []sampleRecord {
 		{TypeInode, Inode{Point: "/dev/shm", Mode: 0o41777}},
 		{TypeInode, Inode{Names: []Name{{refTmpfs, "dir"}}, Mode: 0o40755, UID: 33, Mtime: -5}},
 		{TypeInode, Inode{Names: []Name{{refTmpfs, "a"}, {refTmpDir, "b\xff"}}, Mode: 0o100644, Size: 9000, Xattrs: []Xattr{{"user.note", []byte{0, 1}}}}},
+		{TypeShmem, Shmem{Size: 5000, SysV: &SysVSegment{Perm: IPCPerm{ID: 32768, Key: 0x1234, UID: 33, Mode: 0o600}, Removed: true}}},
+		{TypeSemSet, SemSet{Perm: IPCPerm{ID: 5}, Values: []uint16{1, 32767}, Undo: []SemUndo{{List: 1, Number: 1, Adjust: -5}}}},
+		{TypeMessages, Messages{Perm: IPCPerm{ID: 5}, MaxBytes: 16384, Messages: []Message{{Type: 1}, {Type: 1 << 40}}}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

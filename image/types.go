@@ -46,6 +46,8 @@ var types = map[Type]typeInfo{
 	TypeRemoved:   {"removed", sectionObjects, true, reflect.TypeFor[Removed](), 0},
 	TypeMM:        {"mm", sectionObjects, true, reflect.TypeFor[MM](), sizeOf[Area]()},
 	TypeShmem:     {"shmem", sectionObjects, true, reflect.TypeFor[Shmem](), 0},
+	TypeSemSet:    {"semset", sectionObjects, true, reflect.TypeFor[SemSet](), sizeOf[SemUndo]()},
+	TypeMessages:  {"messages", sectionObjects, true, reflect.TypeFor[Messages](), sizeOf[Message]()},
 	TypeSighand:   {"sighand", sectionObjects, true, reflect.TypeFor[Sighand](), sizeOf[SigAction]()},
 	TypePages:     {"pages", sectionContents, false, nil, 0},
 	TypeBytes:     {"bytes", sectionContents, false, nil, 0},

@@ -55,6 +55,7 @@ var programs = []program{
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
+	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
@@ -63,13 +64,12 @@ var programs = []program{
 	}},
 }
 
-// sleeps are the kinds of sleep of the sleepers program, without semtimedop:
-// System V semaphores are not among what a checkpoint holds yet.
+// sleeps are the kinds of sleep of the sleepers program.
 var sleeps = []string{
 	"nanosleep", "clock-relative", "clock-absolute", "clock-boottime", "clock-tai", "clock-realtime",
 	"poll", "poll-forever", "ppoll", "select", "pselect", "epoll", "epoll-pwait2", "recv", "accept",
 	"futex", "futex-timed", "futex-absolute", "futex-realtime", "futex-waitv", "cond-monotonic", "cond-realtime",
-	"sigtimedwait", "read", "wait4", "pause", "sigsuspend",
+	"sigtimedwait", "read", "wait4", "pause", "sigsuspend", "semtimedop",
 }
 
 // mapped are the programs that run in a user namespace of their own too, where
@@ -79,6 +79,7 @@ var mapped = []program{
 	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
 	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "sysv", options: []option{withUserNamespace(), withArgs("/bin/sysv")}},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
 	{name: "vfork", options: []option{
 		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),

@@ -260,6 +260,50 @@ func TestMemoryWithinBundle(t *testing.T) {
 	c.progress(5)
 }
 
+// TestHalfReadDirectory refuses a position in a directory in memory that means
+// nothing in another one.
+func TestHalfReadDirectory(t *testing.T) {
+	c := newContainer(t, withReport("tmpfs"), withArgs("/bin/tmpfs", "half"), withTmpfs("/run")).run()
+	if !waitFor(func() bool { return c.rounds() > 0 }) {
+		t.Fatal("it does not begin")
+	}
+	c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "read half-way")
+	c.mustBe(specs.StateRunning)
+	c.progress(5)
+}
+
+// TestIPCWithinBundle asks for what can be had of System V IPC only with BPF, and
+// restores it into bundles that do not give it a place.
+func TestIPCWithinBundle(t *testing.T) {
+	c := newContainer(t, withReport("sysv"), withArgs("/bin/sysv")).run()
+	c.progress(5)
+	c.step(t, "without BPF", func(t *testing.T) {
+		t.Setenv("OCICKPT_NO_BPF", "1")
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "SEM_UNDO")
+		c.mustBe(specs.StateRunning)
+		c.progress(5)
+	})
+	c.checkpoint()
+	c.mustBeGone()
+	good := filepath.Join(c.image(), "checkpoint.img")
+	config := filepath.Join(c.bundle, "config.json")
+	spec, err := os.ReadFile(config)
+	c.must(err)
+	for name, change := range map[string][3]string{
+		"the host's namespace": {`"type": "ipc"`, `"type": "cgroup"`, "no ipc namespace of its own"},
+		"smaller limits":       {`"linux": {`, `"linux": {"sysctl": {"kernel.shmmax": "4096"},`, "System V shm"},
+		"another user":         {`"uid": 0`, `"uid": 1000`, "uid 0"},
+	} {
+		c.step(t, name, func(t *testing.T) {
+			c.must(os.WriteFile(config, bytes.ReplaceAll(spec, []byte(change[0]), []byte(change[1])), 0o644))
+			c.tryRestoreFile(good, c.bundle).mustRefuse(t, change[2])
+		})
+	}
+	c.must(os.WriteFile(config, spec, 0o644))
+	c.restore()
+	c.progress(5)
+}
+
 // tryRestoreFile restores from a single file; unlike tryRestore it captures
 // standard error, for a container that must not come to be.
 func (c *container) tryRestoreFile(path, bundle string) result {

@@ -16,6 +16,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -33,6 +34,8 @@ type census struct {
 	sharing sharing
 	found   found
 	memory  []*tmpfs.Tree
+	ipc     *sysv.Set
+	open    []*os.File
 	lends   map[*mm.Space]bool
 }
 
@@ -61,6 +64,9 @@ func (n *census) Close() {
 	for _, t := range n.memory {
 		_ = t.Close()
 	}
+	for _, f := range n.open {
+		_ = f.Close()
+	}
 }
 
 // named finds a file of the container's memory file systems.
@@ -71,6 +77,11 @@ func (n *census) named(dev, ino uint64) string {
 		}
 	}
 	return ""
+}
+
+// remade reports whether a device is one of them.
+func (n *census) remade(dev uint64) bool {
+	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev })
 }
 
 func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
@@ -97,9 +108,12 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if n.memory, err = c.scanTmpfs(); err != nil {
 		return err
 	}
+	if err := n.scanIPC(c); err != nil {
+		return err
+	}
 	n.files = file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
-		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, NetNS: c.inodes["net"],
+		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, NetNS: c.inodes["net"],
 	})
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
@@ -134,7 +148,10 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
 		return err
 	}
-	return n.findTerminals()
+	if err := n.findTerminals(); err != nil || running {
+		return err
+	}
+	return n.openUnattached(c)
 }
 
 // findTerminals tells the terminals whose they are.

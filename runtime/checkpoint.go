@@ -283,6 +283,9 @@ func (k *checkpoint) look() error {
 		return err
 	}
 	defer n.Close()
+	if len(n.ipc.Sets) > 0 {
+		k.learned.undos.expect()
+	}
 	for _, check := range []func() error{
 		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -370,6 +373,9 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		}
 	}
 	n.passJobs(children)
+	if err := n.noteUndo(k.learned); err != nil {
+		return err
+	}
 	k.head.noteState(n)
 	k.warnOfGuests()
 	return n.findDonors(steps)
@@ -495,6 +501,7 @@ func (k *checkpoint) writeObjects() error {
 		}
 		objects = append(objects, &s.Object)
 	}
+	objects = append(objects, n.ipc.Objects()...)
 	objects = append(objects, n.files.Objects()...)
 	for _, p := range n.procs {
 		objects = append(append(objects, p.places...), p.hand, &p.space.Object)
@@ -536,6 +543,9 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 	}
 	if n := k.census.multiplied(); n > 0 {
 		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
+	}
+	if err == nil {
+		err = k.census.ipc.Contents(k.w)
 	}
 	if err == nil {
 		err = k.census.files.Contents(k.w, save.Progress)

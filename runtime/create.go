@@ -27,6 +27,7 @@ import (
 
 // made is a container that libcontainer has created for us, its init a stub.
 type made struct {
+	grants  *grants
 	lib     *libcontainer.Container
 	process *libcontainer.Process
 	state   *libcontainer.State
@@ -67,7 +68,7 @@ func createContainer(r *restore) (m *made, err error) {
 		return nil, fmt.Errorf("bundle %s: %w", r.Bundle, err)
 	}
 	continueClocks(config, &r.head.Container)
-	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, identity: g.identity(), mayLogIn: g.mayLogIn()}
+	m = &made{config: *config, initPid: int(r.head.Tree.Processes[0].Pid), sock: -1, grants: g, identity: g.identity(), mayLogIn: g.mayLogIn()}
 	if m.console, err = openConsole(spec, r.ConsoleSocket, r.Detach); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,11 @@ func (g *grants) checkImage(head *image.Head) error {
 	if err := g.checkNested(head); err != nil {
 		return err
 	}
+	for _, o := range head.Objects {
+		if err := g.checkIPC(o); err != nil {
+			return err
+		}
+	}
 	for _, t := range head.Tasks {
 		err := g.checkProcess(t, head.UserOf(t.Pid))
 		if err == nil {
@@ -57,6 +62,42 @@ func (g *grants) checkProcess(t *image.Task, user *image.NestedNamespace) error 
 		if err := g.check(&t.Threads[i], user); err != nil {
 			return fail.In(fmt.Sprintf("task %d, thread %d", t.Pid, t.Threads[i].Tid), err)
 		}
+	}
+	return nil
+}
+
+// ipcPerm is who a System V object belongs to, nil for another object.
+func ipcPerm(o any) *image.IPCPerm {
+	switch o := o.(type) {
+	case *image.Shmem:
+		if o.SysV != nil {
+			return &o.SysV.Perm
+		}
+	case *image.SemSet:
+		return &o.Perm
+	case *image.Messages:
+		return &o.Perm
+	}
+	return nil
+}
+
+// checkIPC refuses System V objects that no task of the container can have
+// created (to whom it gives one is the creator's business), and segments that
+// none can have locked.
+func (g *grants) checkIPC(o any) error {
+	p := ipcPerm(o)
+	if p == nil {
+		return nil
+	}
+	what := fmt.Sprintf("System V object %d", p.ID)
+	if g.capabilities&(1<<unix.CAP_SETUID) == 0 && !g.anyID && p.CUID != g.uid {
+		return fail.Refuse(what, fmt.Sprintf("uid %d has created it, which the bundle (user %d, without CAP_SETUID) does not give", p.CUID, g.uid), "change the bundle if it may have it")
+	}
+	if g.capabilities&(1<<unix.CAP_SETGID) == 0 && !g.anyID && !slices.Contains(g.groups, p.CGID) {
+		return fail.Refuse(what, fmt.Sprintf("gid %d has created it, which the bundle (group %d, without CAP_SETGID) does not give", p.CGID, g.gid), "change the bundle if it may have it")
+	}
+	if s, ok := o.(*image.Shmem); ok && s.SysV.Locked {
+		return fail.On(what, g.mayLock(s.Size))
 	}
 	return nil
 }
@@ -94,11 +135,18 @@ func (g *grants) hardLimit(resource int) (uint64, error) {
 // checkLocked refuses more locked memory than the container's programs could
 // lock themselves (mlock(2)).
 func (g *grants) checkLocked(m *image.MM) error {
-	if m == nil || g.capabilities&(1<<unix.CAP_IPC_LOCK) != 0 {
+	if m == nil {
+		return nil
+	}
+	return g.mayLock(mm.Locked(m))
+}
+
+func (g *grants) mayLock(n uint64) error {
+	if g.capabilities&(1<<unix.CAP_IPC_LOCK) != 0 {
 		return nil
 	}
 	allowed, err := g.hardLimit(unix.RLIMIT_MEMLOCK)
-	if n := mm.Locked(m); err == nil && n > allowed {
+	if err == nil && n > allowed {
 		return fail.Refuse("locked memory", fmt.Sprintf("%d bytes are locked and the container may lock %d", n, allowed), "raise RLIMIT_MEMLOCK in the bundle (process.rlimits), or give it CAP_IPC_LOCK")
 	}
 	return err

@@ -93,6 +93,35 @@ func TestGrantsOfControls(t *testing.T) {
 	}
 }
 
+func TestGrantsOfIPC(t *testing.T) {
+	segment := func(p image.IPCPerm, locked bool) *image.Shmem {
+		return &image.Shmem{Size: 1 << 40, SysV: &image.SysVSegment{Perm: p, Locked: locked}}
+	}
+	mine := image.IPCPerm{CUID: 33, CGID: 4, UID: 7}
+	strict := bundle(33, true)
+	strict.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_MEMLOCK", Hard: 1 << 16}}
+	for name, c := range map[string]struct {
+		spec    *specs.Spec
+		object  any
+		refused string
+	}{
+		"given away":                 {strict, &image.SemSet{Perm: mine}, ""},
+		"of another creator":         {strict, &image.Messages{Perm: image.IPCPerm{UID: 33, CGID: 33}}, "uid 0 has created it"},
+		"of another creator's group": {strict, segment(image.IPCPerm{CUID: 33, CGID: 5}, false), "gid 5 has created it"},
+		"of any creator":             {bundle(0, true, "CAP_SETUID", "CAP_SETGID"), segment(mine, false), ""},
+		"locked":                     {strict, segment(mine, true), "RLIMIT_MEMLOCK"},
+		"locked, as it may be":       {bundle(33, false, "CAP_IPC_LOCK"), segment(mine, true), ""},
+		"memory, not an object":      {strict, &image.Shmem{}, ""},
+	} {
+		g, err := grantsOf(c.spec)
+		must(t, err)
+		err = g.checkImage(&image.Head{Objects: map[image.Ref]any{1: c.object}})
+		if (err == nil) != (c.refused == "") || err != nil && !strings.Contains(err.Error(), c.refused) {
+			t.Errorf("%s: %v, want a refusal that says %q", name, err, c.refused)
+		}
+	}
+}
+
 func TestGrantsOfLockedMemory(t *testing.T) {
 	const size = 1 << 40
 	locked := &image.MM{Areas: []image.Area{{Start: 0, End: size, Kind: image.AreaAnon, Flags: []string{"lo"}}}}

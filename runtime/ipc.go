@@ -1,20 +1,150 @@
 package runtime
 
 import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
+	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
+	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/sysv"
 )
 
-// checkIPC refuses System V objects and message queues in an ipc namespace that
-// is the container's own.
+// ownIPC reports an ipc namespace that is the container's alone.
+func (c *container) ownIPC() bool {
+	return !slices.ContainsFunc(c.record.Namespaces, func(n image.Namespace) bool {
+		return n.Type == "ipc" && (n.Host || n.Path != "")
+	})
+}
+
+// checkIPC refuses POSIX message queues in an ipc namespace that is the
+// container's own.
 func (c *container) checkIPC(*libcontainer.State, *configs.Config) error {
-	for i := range c.record.Namespaces {
-		if n := &c.record.Namespaces[i]; n.Type == "ipc" && (n.Host || n.Path != "") {
-			return nil
+	if !c.ownIPC() {
+		return nil
+	}
+	return nsutil.Inside(nsutil.Path(c.initPid, "ipc"), namespace.CheckQueues)
+}
+
+// scanIPC reads the System V objects of the container.
+func (n *census) scanIPC(c *container) error {
+	if !c.ownIPC() {
+		n.ipc = &sysv.Set{}
+		return nil
+	}
+	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
+		n.ipc, err = sysv.Scan(c.maps)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for _, rec := range n.ipc.Segments {
+		n.shared.SysV(rec)
+	}
+	return nil
+}
+
+// openUnattached opens the segments that no task has attached, of which the
+// memory cannot be had through one.
+func (n *census) openUnattached(c *container) error {
+	for _, seg := range n.shared.Segments() {
+		if !seg.Unattached() {
+			continue
+		}
+		id := seg.Record.SysV.Perm.ID
+		err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() error {
+			f, err := sysv.OpenUnattached(id)
+			if err == nil {
+				n.open = append(n.open, f)
+				seg.Through(f)
+			}
+			return err
+		})
+		if err != nil {
+			return fail.On(fmt.Sprintf("System V shm %d", id), err)
 		}
 	}
-	return nsutil.Inside(nsutil.Path(c.initPid, "ipc"), namespace.CheckIPC)
+	return nil
+}
+
+// noteUndo completes the records of semaphores with what tasks have to take back.
+func (n *census) noteUndo(l *learned) error {
+	if len(n.ipc.Sets) == 0 {
+		return nil
+	}
+	var adjustments map[int]map[int32]map[int]int16
+	asked, seen := false, map[uint32]bool{}
+	for _, p := range n.procs {
+		for _, tid := range p.tids {
+			list := n.undoList(p, tid)
+			if list == 0 || seen[list] {
+				continue
+			}
+			seen[list] = true
+			if !asked {
+				adjustments, asked = ask(l, &l.undos, (*bpf.Question).SemUndos), true
+			}
+			if adjustments == nil {
+				return fail.In(p.name(), fail.Refuse("System V sem", "what it has to take back (SEM_UNDO) only BPF can tell, which cannot be used here", "give ocickpt CAP_BPF and CAP_PERFMON, or remove the semaphores (ipcrm)"))
+			}
+			for _, set := range n.ipc.Sets {
+				if err := noteAdjustments(set, list, adjustments[tid][set.Perm.ID]); err != nil {
+					return fail.In(p.name(), err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func noteAdjustments(set *image.SemSet, list uint32, all map[int]int16) error {
+	if len(set.Values) > bpf.MaxSemUndo {
+		return fail.Refuse(fmt.Sprintf("System V sem %d", set.Perm.ID), fmt.Sprintf("it has %d semaphores; of sets with more than %d it cannot be told what tasks have to take back (SEM_UNDO)", len(set.Values), bpf.MaxSemUndo), "use smaller sets")
+	}
+	for number, by := range all {
+		if number < len(set.Values) {
+			set.Undo = append(set.Undo, image.SemUndo{List: list, Number: uint16(number), Adjust: by})
+		}
+	}
+	slices.SortFunc(set.Undo, func(a, b image.SemUndo) int {
+		return cmp.Or(cmp.Compare(a.List, b.List), cmp.Compare(a.Number, b.Number))
+	})
+	return nil
+}
+
+// makeIPC makes the System V objects of the image, in a namespace that must be
+// the new container's own.
+func (r *restore) makeIPC() error {
+	r.ipc = sysv.NewMaker(r.head, r.maker, file.Refs(r.head))
+	if !r.ipc.Needed() {
+		return nil
+	}
+	if config := &r.made.config; !config.Namespaces.Contains(configs.NEWIPC) || config.Namespaces.PathOf(configs.NEWIPC) != "" {
+		return fail.Refuse("System V ipc", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
+	}
+	ns := nsutil.Path(r.made.stub.Pid, "ipc")
+	err := nsutil.Inside(ns, func() (err error) {
+		r.ipc.MaxBytes, err = sysv.LongestQueue()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if r.made.grants.capabilities&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		r.ipc.MaxBytes = math.MaxUint64
+	}
+	r.ipc.Choose = func(kind string, id int32) error {
+		return nsutil.Inside(ns, func() error { return sysv.ChooseHere(kind, id) })
+	}
+	return r.ipc.Make()
 }

@@ -12,9 +12,11 @@ import (
 // read it take long to make: that is done while the container runs, if a look at
 // its tasks says that it will be needed.
 type learned struct {
-	log            *slog.Logger
-	blocks, timers question
-	allBlocks      func() map[int]bpf.RestartBlock
+	log       *slog.Logger
+	blocks    question
+	timers    question
+	undos     question
+	allBlocks func() map[int]bpf.RestartBlock
 }
 
 // question is one that is loaded in time if it is expected, else when it is asked.
@@ -41,7 +43,7 @@ func (q *question) close() {
 }
 
 func newLearned(log *slog.Logger) *learned {
-	l := &learned{log: log, blocks: question{load: bpf.RestartBlocks}, timers: question{load: bpf.Timers}}
+	l := &learned{log: log, blocks: question{load: bpf.RestartBlocks}, timers: question{load: bpf.Timers}, undos: question{load: bpf.SemUndos}}
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
@@ -70,11 +72,13 @@ func (l *learned) expect(pids []int) {
 func (l *learned) ready() {
 	l.blocks.wait.Wait()
 	l.timers.wait.Wait()
+	l.undos.wait.Wait()
 }
 
 func (l *learned) close() {
 	l.blocks.close()
 	l.timers.close()
+	l.undos.close()
 }
 
 // ask asks. Without an answer the caller warns.

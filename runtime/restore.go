@@ -24,6 +24,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/guardian"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -65,6 +66,8 @@ type restore struct {
 	service *tracee.Service
 	maker   *file.Maker
 	memory  *tmpfs.Maker
+	ipc     *sysv.Maker
+	undone  map[uint32]bool      // semaphore undo lists that have their adjustments
 	stubs   map[int]*tracee.Stub // by pid inside the container
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
@@ -95,6 +98,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	r := &restore{
 		RestoreOptions: o, begin: begin, in: image.NewReader(o.Image), filler: mm.NewFiller(),
 		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, hinted: map[int][]forest.Step{}, forked: map[int]int{},
+		undone: map[uint32]bool{},
 	}
 	defer r.close()
 	err := travel(ctx, []phase{
@@ -232,6 +236,9 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.makeTmpfs(); err != nil {
 		return err
 	}
+	if err := r.makeIPC(); err != nil {
+		return err
+	}
 	if err := r.maker.Make(); err != nil {
 		return err
 	}
@@ -240,7 +247,7 @@ func (r *restore) openFiles(context.Context) error {
 	}
 	for ref, o := range r.head.Objects {
 		if rec, ok := o.(*image.Shmem); ok {
-			f, err := r.maker.Segment(ref, rec)
+			f, err := r.segment(ref, rec)
 			if err != nil {
 				return err
 			}
@@ -248,6 +255,14 @@ func (r *restore) openFiles(context.Context) error {
 		}
 	}
 	return nil
+}
+
+// segment opens shared memory, to fill it.
+func (r *restore) segment(ref image.Ref, rec *image.Shmem) (mm.Writer, error) {
+	if rec.SysV != nil {
+		return r.ipc.Memory(r.made.stub.Pid, rec)
+	}
+	return r.maker.Segment(ref, rec)
 }
 
 // grow makes every process, in the order forest plans.
@@ -485,6 +500,10 @@ func (r *restore) put(c *image.Content) error {
 	if err := fault.Point("restore.chunk"); err != nil {
 		return err
 	}
+	if r.ipc.Has(c.Ref) {
+		r.ipc.Fill(c.Ref, c.Raw)
+		return nil
+	}
 	if r.memory.Has(c.Ref) {
 		return r.memory.Fill(c.Ref, c.Offset, c.Raw)
 	}
@@ -509,8 +528,10 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.maker.Seal(); err != nil {
 		return err
 	}
-	if err := r.memory.Finish(); err != nil {
-		return err
+	for _, finish := range []func() error{r.memory.Finish, r.ipc.Send, r.ipc.Finish} {
+		if err := finish(); err != nil {
+			return err
+		}
 	}
 	if err := r.stopJobs(); err != nil {
 		return err
@@ -623,6 +644,10 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	}
 	clocks := r.clocks(f.pid)
 	var b tracee.Batch
+	if rec.SemUndo != 0 && !r.undone[rec.SemUndo] {
+		r.ipc.Undo(&b, rec.SemUndo)
+		r.undone[rec.SemUndo] = true
+	}
 	task.RestoreThread(&b, rec, f.held)
 	if i == 0 && len(t.Timers) > 0 {
 		if _, err := s.Run(&b); err != nil {

@@ -252,14 +252,20 @@ func (n *census) noteTables(p *process) {
 		if p.places[i] != nil && i > 0 {
 			th.FS = p.places[i].Ref
 		}
-		list, own := n.sharing.undo[p.tids[i]]
-		if !own {
-			list = n.sharing.undo[p.pid]
-		}
-		if list != 0 {
-			th.SemUndo, _ = once(n.found.undo, list, func() (uint32, error) { return uint32(len(n.found.undo)) + 1, nil })
-		}
+		th.SemUndo = n.undoList(p, p.tids[i])
 	}
+}
+
+// undoList is the number of a thread's semaphore undo list, 0 for none.
+func (n *census) undoList(p *process, tid int) (number uint32) {
+	list, own := n.sharing.undo[tid]
+	if !own {
+		list = n.sharing.undo[p.pid]
+	}
+	if list != 0 {
+		number, _ = once(n.found.undo, list, func() (uint32, error) { return uint32(len(n.found.undo)) + 1, nil })
+	}
+	return number
 }
 
 // hierarchy is what forest needs to know of a container's processes.

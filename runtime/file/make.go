@@ -289,7 +289,9 @@ func (m *Maker) buffers() error {
 			err = m.makePipe(ref, o)
 		case *image.Shmem:
 			object = "shared memory " + o.Name + o.Path
-			err = m.makeShmem(ref, o)
+			if o.SysV == nil {
+				err = m.makeShmem(ref, o)
+			}
 		}
 		if err != nil {
 			return fail.On(object, err)
@@ -401,7 +403,7 @@ func (m *Maker) openReadonly() error {
 			continue
 		}
 		for _, segment := range mm.ReadonlySegments(space) {
-			if _, done := m.readonly[segment]; done {
+			if _, done := m.readonly[segment]; done || m.SysV(segment) != nil {
 				continue
 			}
 			var b tracee.Batch
@@ -647,6 +649,9 @@ func (m *Maker) Seal() error {
 	m.stamp(&b)
 	for _, ref := range Refs(m.head) {
 		rec, ok := m.head.Objects[ref].(*image.Shmem)
+		if ok && rec.SysV != nil {
+			continue
+		}
 		if ok && rec.Size%mm.PageSize != 0 {
 			b.Add(unix.SYS_FTRUNCATE, tracee.W(m.segments[ref]), tracee.W(rec.Size))
 		}
@@ -701,6 +706,14 @@ func (m *Maker) SegmentFD(ref image.Ref, write bool) (int, bool) {
 	}
 	fd, ok := m.segments[ref]
 	return fd, ok
+}
+
+// SysV is the record of shared memory that is a System V segment (mm.Opened).
+func (m *Maker) SysV(ref image.Ref) *image.Shmem {
+	if rec := m.head.Shmem(ref); rec != nil && rec.SysV != nil {
+		return rec
+	}
+	return nil
 }
 
 // Table gives a stub the descriptors of its process and closes all others.

@@ -2,6 +2,7 @@ package file
 
 import (
 	"encoding/binary"
+	"math"
 	"slices"
 	"strings"
 
@@ -94,6 +95,12 @@ var directory = kind{
 			return fail.Refuse("", "the directory lies outside the container", "close it before the checkpoint")
 		}
 		d.Record.Kind, d.Record.Mode = image.KindDirectory, d.seen.stat.Mode
+		if d.seen.pos > 1 && d.seen.pos < math.MaxInt32 && s.Remade != nil && s.Remade(d.seen.stat.Dev) {
+			// Cookies of a tmpfs number its entries as they were made; only its
+			// beginning and its end (DIR_OFFSET_EOD in fs/libfs.c) are the same in
+			// another one.
+			return fail.Refuse("", "it is a directory in memory that was read half-way; its position is not supported", "read it to its end, or rewind it, before the checkpoint")
+		}
 		return s.name(d)
 	},
 	open:   openNamed,

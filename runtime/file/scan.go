@@ -157,6 +157,9 @@ type Env struct {
 	Named func(dev, ino uint64) string
 	IDs   task.IDMaps
 	NetNS uint64 // inode of the container's network namespace
+	// Remade reports whether a device is one of these file systems, which restore
+	// makes anew.
+	Remade func(dev uint64) bool
 }
 
 type mappedKey struct {

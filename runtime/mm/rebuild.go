@@ -22,6 +22,8 @@ type Opened interface {
 	// SegmentFD is for shared memory; what is not open for writing cannot be
 	// made writable by mprotect(2) where it is mapped.
 	SegmentFD(shmem image.Ref, write bool) (int, bool)
+	// SysV is the record of shared memory that is a System V segment, or nil.
+	SysV(shmem image.Ref) *image.Shmem
 }
 
 const (
@@ -75,18 +77,24 @@ func Rebuild(s *tracee.Stub, m *image.MM, files Opened) error {
 
 // mapAll maps areas, the last of m to be mapped.
 func mapAll(s *tracee.Stub, m *image.MM, areas []image.Area, files Opened) error {
-	for chunk := range slices.Chunk(areas, 8192) {
-		if err := mapAreas(s, chunk, files); err != nil {
+	for from := 0; from < len(areas); from += mapChunk {
+		if err := mapAreas(s, areas, from, min(from+mapChunk, len(areas)), files); err != nil {
 			return err
 		}
 	}
 	return checkVDSO(s, m)
 }
 
-func mapAreas(s *tracee.Stub, areas []image.Area, files Opened) error {
+// mapChunk is how many areas are mapped by one batch.
+const mapChunk = 8192
+
+func mapAreas(s *tracee.Stub, all []image.Area, from, to int, files Opened) error {
 	var b tracee.Batch
+	areas := all[from:to]
 	for i := range areas {
-		if err := mapArea(&b, &areas[i], files); err != nil {
+		if rec := files.SysV(areas[i].File); rec != nil {
+			attach(&b, all, from+i, rec)
+		} else if err := mapArea(&b, &areas[i], files); err != nil {
 			return fail.On(describe(&areas[i]), err)
 		}
 	}

@@ -78,6 +78,8 @@ func (opens) FD(file image.Ref) (int, error) {
 	return int(file), nil
 }
 
+func (opens) SysV(image.Ref) *image.Shmem { return nil }
+
 func (opens) SegmentFD(shmem image.Ref, _ bool) (int, bool) { return int(shmem), shmem != 0 }
 
 func TestMapArea(t *testing.T) {
@@ -243,6 +245,7 @@ func (p *program) FD(file image.Ref) (int, error) {
 
 func (p *program) Removed(string, string) bool { return false }
 
+func (p *program) SysV(image.Ref) *image.Shmem           { return nil }
 func (p *program) SegmentFD(image.Ref, bool) (int, bool) { return 0, false }
 
 // withoutFiles makes areas that a stream without their files can hold.

@@ -85,7 +85,7 @@ func (s *Segment) Details() error {
 	defer f.Close()
 	s.seals(f)
 	st, err := f.Stat()
-	if err == nil {
+	if err == nil && s.Record.SysV == nil { // whose file consists of whole pages
 		s.Record.Size = uint64(st.Size())
 	}
 	return err

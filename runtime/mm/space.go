@@ -31,6 +31,7 @@ type Files interface {
 // It is known by the inode of the tmpfs file behind it.
 type Shared struct {
 	segments map[inode]*Segment
+	sysv     map[int32]*Segment // by id
 	order    []*Segment
 }
 
@@ -40,7 +41,7 @@ type inode struct {
 }
 
 // NewShared returns an empty set.
-func NewShared() *Shared { return &Shared{segments: map[inode]*Segment{}} }
+func NewShared() *Shared { return &Shared{segments: map[inode]*Segment{}, sysv: map[int32]*Segment{}} }
 
 // Segments lists what was found, in the order in which it was.
 func (s *Shared) Segments() []*Segment { return s.order }
@@ -114,6 +115,9 @@ func Scan(pid int, files Files, shared *Shared) (*Space, error) {
 			return nil, fail.On(fmt.Sprintf("memory at %x-%x %s", maps[i].start, maps[i].end, maps[i].name), err)
 		}
 	}
+	if err := s.checkAttached(); err != nil {
+		return nil, err
+	}
 	return s, s.readExe(files)
 }
 
@@ -177,8 +181,8 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 		return &seg.Object, nil
 	case m.name == "/secretmem"+deletedSuffix:
 		return nil, fail.Refuse("", "secret memory (memfd_secret) is not supported: nobody but its owner can read it", "unmap it before the checkpoint")
-	case strings.HasPrefix(m.name, "/SYSV"):
-		return nil, fail.Refuse("", "System V shared memory is not supported yet", "")
+	case strings.HasPrefix(m.name, sysvPrefix):
+		return shared.attached(a, m, link)
 	case strings.HasPrefix(m.name, "/[aio]"):
 		return nil, fail.Refuse("", "asynchronous I/O (io_setup) is not supported: the kernel does not tell whether requests are under way", "io_destroy the context before the checkpoint")
 	case strings.HasPrefix(m.name, "anon_inode:"):

@@ -31,13 +31,13 @@ func CheckIPC() error {
 			return fail.Refuse("System V ipc", fmt.Sprintf("it has %d objects of type %s; they are not supported yet", n, kind), "remove them before the checkpoint (ipcrm)")
 		}
 	}
-	return checkQueues()
+	return CheckQueues()
 }
 
-// checkQueues refuses POSIX message queues. They are files of a file system of
+// CheckQueues refuses POSIX message queues. They are files of a file system of
 // which each ipc namespace has one; it can be mounted for a look without a
 // place (fsmount(2)), unlike through anybody's /dev/mqueue.
-func checkQueues() error {
+func CheckQueues() error {
 	fs, err := unix.Fsopen("mqueue", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("message queues: %w", err)

@@ -38,6 +38,7 @@ type Tree struct {
 	dirs    []*inode // the root first, parents before children
 	others  []*inode
 	dev     uint64
+	buf     []byte
 	numbers map[uint64]*inode // others by inode number
 }
 
@@ -193,21 +194,22 @@ func (n *inode) complete() {
 // xattrs reads extended attributes but for the labels of security modules,
 // which the host's policy gives anew.
 func (t *Tree) xattrs(link string) (out []image.Xattr, err error) {
-	var list [64 << 10]byte // XATTR_LIST_MAX
-	n, err := unix.Llistxattr(link, list[:])
+	if t.buf == nil {
+		t.buf = make([]byte, 64<<10) // XATTR_LIST_MAX, and XATTR_SIZE_MAX
+	}
+	n, err := unix.Llistxattr(link, t.buf)
 	if err != nil || n == 0 {
 		return nil, err
 	}
-	for _, name := range strings.Split(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
+	for _, name := range strings.Split(strings.TrimSuffix(string(t.buf[:n]), "\x00"), "\x00") {
 		if strings.HasPrefix(name, "security.") && name != capability {
 			continue
 		}
-		value := make([]byte, 64<<10) // XATTR_SIZE_MAX
-		n, err := unix.Lgetxattr(link, name, value)
+		n, err := unix.Lgetxattr(link, name, t.buf)
 		if err != nil {
 			return nil, fmt.Errorf("extended attribute %s: %w", name, err)
 		}
-		x := image.Xattr{Name: name, Value: t.inside(name, slices.Clone(value[:n]))}
+		x := image.Xattr{Name: name, Value: t.inside(name, slices.Clone(t.buf[:n]))}
 		out = append(out, x)
 	}
 	return out, nil
@@ -248,6 +250,9 @@ func (t *Tree) inside(name string, value []byte) []byte {
 	}
 	return value
 }
+
+// Dev is the file system's device number.
+func (t *Tree) Dev() uint64 { return t.dev }
 
 // Named is the path, from the container's root, of a file of the tree, or "".
 func (t *Tree) Named(dev, ino uint64) string {

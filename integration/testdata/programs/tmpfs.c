@@ -2,7 +2,8 @@
  * tmpfs - what the container keeps in its own file systems in memory: entries
  * of every type with owners, modes, times and attributes, open and mapped
  * files, POSIX shared memory and semaphores that another process uses too.
- * With an argument, some belong to other users.
+ * With "chown", some belong to other users; with "half", a directory is read
+ * half-way.
  */
 #include "hold.h"
 
@@ -155,7 +156,8 @@ static void check_entries(void)
 /* --- files that are open, mapped, growing --- */
 
 #define MAPPED (1 << 20)
-static int log_fd, fifo_fd;
+static int log_fd, fifo_fd, start_fd, end_fd;
+static ssize_t listed;
 static unsigned char *shared;
 
 static void make_open(void)
@@ -170,6 +172,12 @@ static void make_open(void)
 		*(uint64_t *)(shared + i) = i * 0x9e3779b97f4a7c15ULL;
 	log_fd = open("/run/top/log", O_RDWR | O_CREAT | O_APPEND, 0600);
 	need(log_fd >= 0);
+	char some[4096];
+	start_fd = open(DIR, O_RDONLY | O_DIRECTORY);
+	end_fd = open(DIR, O_RDONLY | O_DIRECTORY);
+	need(start_fd >= 0 && end_fd >= 0);
+	while (getdents64(end_fd, some, sizeof(some)) > 0)
+		;
 	fifo_fd = open(DIR "/fifo2", O_RDWR | O_NONBLOCK);
 	need(fifo_fd >= 0 && write(fifo_fd, "in flight", 9) == 9);
 }
@@ -177,7 +185,8 @@ static void make_open(void)
 static void check_open(void)
 {
 	struct stat st, mapped;
-	char buf[16], line[8];
+	char buf[16], line[8], some[4096];
+	ssize_t whole;
 
 	need(pread(log_fd, line, 8, 8 * (round_no ? round_no - 1 : 0)) ==
 	     (round_no ? 8 : 0));
@@ -190,6 +199,11 @@ static void check_open(void)
 	need(write(fifo_fd, "in flight", 9) == 9);
 	for (size_t i = 64; i < MAPPED; i += 8)
 		need(*(uint64_t *)(shared + i) == i * 0x9e3779b97f4a7c15ULL);
+	need(getdents64(end_fd, some, sizeof(some)) == 0);
+	whole = getdents64(start_fd, some, sizeof(some));
+	need(whole > 0 && (!listed || listed == whole));
+	listed = whole;
+	need(lseek(start_fd, 0, SEEK_SET) == 0);
 	/* The mapping and the name are one file. */
 	*(uint64_t *)shared = round_no;
 	int fd = shm_open("/mapped", O_RDONLY, 0);
@@ -233,11 +247,16 @@ static void check_peer(void)
 
 int main(int argc, char **argv)
 {
-	(void)argv;
 	report_open("tmpfs");
-	make_entries(argc > 1);
+	make_entries(argc > 1 && !strcmp(argv[1], "chown"));
 	make_open();
 	make_peer();
+	if (argc > 1 && !strcmp(argv[1], "half")) {
+		char some[64];
+		int fd = open(DIR, O_RDONLY | O_DIRECTORY);
+
+		need(fd >= 0 && getdents64(fd, some, sizeof(some)) > 0);
+	}
 	remember();
 	for (;;) {
 		check_entries();

@@ -1,0 +1,94 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Bounds of System V objects, each the kernel's own (svipc(7)).
+const (
+	maxSemaphores = 32000   // SEMMSL
+	maxSemaphore  = 32767   // SEMVMX
+	maxMessages   = 1 << 20 // no more than a record can hold
+	maxMessage    = 64 << 20
+
+	ipcShm, ipcSem, ipcMsg = "segment", "semaphore set", "message queue"
+)
+
+// checkPerm checks what all System V objects have, and that no two of a kind
+// have one id or key.
+func (b *builder) checkPerm(kind string, p *IPCPerm) error {
+	switch {
+	case p.ID < 0:
+		return fmt.Errorf("a %s with id %d", kind, p.ID)
+	case p.Mode > 0o777:
+		return fmt.Errorf("a %s of mode %#o", kind, p.Mode)
+	case b.ipc[kind+" id"][p.ID]:
+		return fmt.Errorf("two %ss with id %d", kind, p.ID)
+	case p.Key != 0 && b.ipc[kind+" key"][p.Key]:
+		return fmt.Errorf("two %ss with key %#x", kind, p.Key)
+	}
+	return nil
+}
+
+// keepIPC takes note of the id and key of a checked object.
+func (b *builder) keepIPC(v any) {
+	kind, p := "", (*IPCPerm)(nil)
+	switch v := v.(type) {
+	case *Shmem:
+		if v.SysV == nil {
+			return
+		}
+		kind, p = ipcShm, &v.SysV.Perm
+	case *SemSet:
+		kind, p = ipcSem, &v.Perm
+	case *Messages:
+		kind, p = ipcMsg, &v.Perm
+	}
+	for what, id := range map[string]int32{kind + " id": p.ID, kind + " key": p.Key} {
+		if b.ipc[what] == nil {
+			b.ipc[what] = map[int32]bool{}
+		}
+		b.ipc[what][id] = true
+	}
+}
+
+func (b *builder) checkSemaphores(s *SemSet) error {
+	if len(s.Values) == 0 || len(s.Values) > maxSemaphores {
+		return fmt.Errorf("a set of %d semaphores", len(s.Values))
+	}
+	for i, v := range s.Values {
+		if v > maxSemaphore {
+			return fmt.Errorf("semaphore %d has the value %d", i, v)
+		}
+	}
+	seen := map[SemUndo]bool{}
+	for _, u := range s.Undo {
+		at := SemUndo{List: u.List, Number: u.Number}
+		if u.List == 0 || int(u.Number) >= len(s.Values) || seen[at] {
+			return fmt.Errorf("the adjustment of semaphore %d by undo list %d is not valid", u.Number, u.List)
+		}
+		seen[at] = true
+	}
+	return b.checkPerm(ipcSem, &s.Perm)
+}
+
+func (b *builder) checkMessages(q *Messages) error {
+	if len(q.Messages) > maxMessages {
+		return fmt.Errorf("a queue of %d messages", len(q.Messages))
+	}
+	for _, m := range q.Messages {
+		if m.Type <= 0 || m.Size > maxMessage {
+			return errors.New("a message of a type that is not positive, or too long")
+		}
+	}
+	return b.checkPerm(ipcMsg, &q.Perm)
+}
+
+// Bytes is the length of all messages together.
+func (q *Messages) Bytes() (n uint64) {
+	for _, m := range q.Messages {
+		n += uint64(m.Size)
+	}
+	return n
+}
