@@ -64,6 +64,35 @@ func TestJobsFaults(t *testing.T) {
 	p.checkConnect(c)
 }
 
+// TestLeaveFrozen restores a container that does not run before its engine lets
+// it, and checkpoints it as it stands.
+func TestLeaveFrozen(t *testing.T) {
+	body := func(t *testing.T) {
+		p, c := jobsContainer(t)
+		frozen := func() {
+			c.t.Helper()
+			c.checkpoint()
+			c.mustBeGone()
+			c.restore("--leave-frozen")
+			still := c.rounds()
+			c.mustBe("paused")
+			time.Sleep(100 * time.Millisecond)
+			if now := c.rounds(); now != still {
+				t.Fatalf("the frozen container went on from %d to %d", still, now)
+			}
+		}
+		frozen()
+		c.checkpoint("--leave-running")
+		c.mustBe("paused")
+		frozen()
+		c.runc("resume", c.id)
+		c.progress(5)
+		p.checkConnect(c)
+	}
+	t.Run("v1", body)
+	onCgroupV2(t, body)
+}
+
 // TestStoppedInit stops the init itself, which only somebody outside can do: once
 // before the checkpoint, and once while it is frozen, so that the signal is
 // still pending.

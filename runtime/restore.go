@@ -49,7 +49,10 @@ type RestoreOptions struct {
 	SystemdCgroup  bool
 	NoPivot        bool
 	NoNewKeyring   bool
-	Log            *slog.Logger
+	// LeaveFrozen: nothing of the container runs before somebody thaws it
+	// (runc resume).
+	LeaveFrozen bool
+	Log         *slog.Logger
 }
 
 // restore is one journey in.
@@ -756,7 +759,8 @@ func (r *restore) settle(context.Context) error {
 }
 
 // release lets everything go in one act: detached while the cgroup is frozen,
-// all tasks begin with the thaw. The thaw is the commit.
+// all tasks begin with the thaw. The thaw is the commit, and where it is left to
+// the engine, the end of the guardian.
 //
 // Processes that job control has stopped go first: they stay where they are, and
 // nobody is to see them on their way.
@@ -791,7 +795,7 @@ func (r *restore) release(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := fault.Point("restore.thaw"); err != nil {
+	if err := fault.Point("restore.thaw"); err != nil || r.LeaveFrozen {
 		return err
 	}
 	return r.cgroup.Thaw(ctx)

@@ -27,6 +27,7 @@ var restoreCommand = &cli.Command{
 		&cli.StringFlag{Name: "work-path", Usage: "directory for logs"},
 		&cli.StringFlag{Name: "bundle", Aliases: []string{"b"}, Value: ".", Usage: "bundle of the new container"},
 		&cli.BoolFlag{Name: "detach", Aliases: []string{"d"}, Usage: "do not wait for the container"},
+		&cli.BoolFlag{Name: "leave-frozen", Usage: "leave the container paused: runc resume lets it run"},
 		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
 		&cli.StringFlag{Name: "console-socket", Usage: "unix socket that takes the master of the container's terminal, with --detach"},
 		&cli.StringFlag{Name: "file-validation", Value: runtime.FileValidations[0], Usage: "how far files must be as they were: " + strings.Join(runtime.FileValidations, ", ")},
@@ -54,8 +55,8 @@ func restore(c *cli.Context) error {
 		return fmt.Errorf("--file-validation %s: it is one of %s", v, strings.Join(runtime.FileValidations, ", "))
 	}
 	o := runtime.RestoreOptions{
-		FileValidation: c.String("file-validation"),
-		ID:             id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
+		LeaveFrozen: c.Bool("leave-frozen"), FileValidation: c.String("file-validation"),
+		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
 		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
 	}
 	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile, "console-socket": &o.ConsoleSocket} {
