@@ -43,6 +43,9 @@ func (b *builder) checkTask(t *Task) error {
 		return fmt.Errorf("process %d: %w", t.Pid, err)
 	}
 	for i := range t.Threads {
+		if t.Threads[i].Exited && (i > 0 || len(t.Threads) == 1 || len(t.Threads[i].Regs) != 0) {
+			return fmt.Errorf("process %d: thread %d has ended, but is no leader of others, or has registers", t.Pid, t.Threads[i].Tid)
+		}
 		if err := b.checkThread(&t.Threads[i]); err != nil {
 			return fmt.Errorf("process %d: thread %d: %w", t.Pid, t.Threads[i].Tid, err)
 		}
@@ -175,9 +178,9 @@ func validMicros(v int64) bool { return v >= 0 && v <= math.MaxInt64/1000 }
 
 func (b *builder) checkThread(t *Thread) error {
 	switch {
-	case len(t.Regs) == 0 || len(t.Regs) > maxRegs || len(t.Regs)%8 != 0:
+	case !t.Exited && len(t.Regs) == 0 || len(t.Regs) > maxRegs || len(t.Regs)%8 != 0:
 		return fmt.Errorf("general registers of %d bytes", len(t.Regs))
-	case b.Arch.Machine == "x86_64" && len(t.Regs) != regsAMD64:
+	case b.Arch.Machine == "x86_64" && len(t.Regs) != regsAMD64 && !t.Exited:
 		return fmt.Errorf("general registers of %d bytes, x86_64 has %d", len(t.Regs), regsAMD64)
 	case len(t.XState) > maxXState:
 		return fmt.Errorf("an extended state of %d bytes", len(t.XState))

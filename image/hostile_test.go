@@ -344,6 +344,8 @@ func TestBadObjects(t *testing.T) {
 		{"posix timer 4", on(func(k *Task) bool { k.Timers[0].Interval, k.Timers[0].Overrun = 1<<40, 1<<30; return true })},
 		{"posix timer 1073741824", on(func(k *Task) bool { k.Timers[0].ID = 1 << 30; return true })},
 		{"memory barriers 0x1", on(func(k *Task) bool { k.Membarrier = 1; return true })},
+		{"has ended, but is no leader", on(func(k *Task) bool { k.Threads[0].Exited = true; return true })},
+		{"has ended, but is no leader", on(func(k *Task) bool { k.Threads[0].Exited, k.Threads[0].Regs = true, nil; return len(k.Threads) == 1 })},
 		{"signal 10 stops nothing", on(func(k *Task) bool { k.Stopped = 10; return true })},
 		{"has yet to tell 5", on(func(k *Task) bool { k.Untold = CldStopped; return k.Stopped == 0 })},
 		{"has yet to tell 6", on(func(k *Task) bool { k.Untold = CldContinued; return k.Stopped != 0 })},

@@ -323,6 +323,8 @@ type Thread struct {
 	Vfork       int32       `cbor:"33,keyasint,omitempty"` // pid of the child for which it waits in vfork(2)
 	Controls    Controls    `cbor:"40,keyasint"`
 	Policy      *MemPolicy  `cbor:"41,keyasint,omitempty"` // set_mempolicy(2)
+	Exited      bool        `cbor:"42,keyasint,omitempty"` // a leader that has ended while others run: it has an id, a name and credentials
+	ExitCode    uint32      `cbor:"43,keyasint,omitempty"` // of such a leader, as exit_code in /proc/PID/stat
 }
 
 // Controls is what prctl(2), arch_prctl(2) and ptrace(2) set for one thread

@@ -58,6 +58,7 @@ var programs = []program{
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
+	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),

@@ -41,12 +41,15 @@ type census struct {
 
 // process is one live process of the container.
 type process struct {
-	pid     int // host
+	tgid    int // host
+	pid     int // host, of its first living thread, by which it is looked at; the leader as a rule
 	inner   int // in the container's pid namespace
 	place   *namespace.Place
 	comm    []byte
-	tids    []int // host, leader first
+	tids    []int // host, of the living threads, leader first
 	status  []*task.Status
+	leader  *task.Status  // of the leader, even if it has ended
+	dead    *image.Thread // a leader that has ended while others run
 	stat    *task.Stat
 	threads []*tracee.Thread
 	live    *tracee.Live
@@ -84,7 +87,7 @@ func (n *census) remade(dev uint64) bool {
 	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev })
 }
 
-func (p *process) name() string { return task.Name(p.inner, p.pid, p.comm) }
+func (p *process) name() string { return task.Name(p.inner, p.tgid, p.comm) }
 
 // zombie is a process that has ended and waits to be reaped.
 type zombie struct {
@@ -204,27 +207,50 @@ func nameOf(p *process, pid int) string {
 
 // visit reads who a process is; nil for a zombie.
 func (c *container) visit(pid int) (*process, error) {
-	p := &process{pid: pid}
-	var err error
-	if p.tids, err = task.Threads(pid); err != nil {
+	p := &process{tgid: pid}
+	tids, err := task.Threads(pid)
+	if err != nil {
 		return nil, err
 	}
-	for _, tid := range p.tids {
+	for _, tid := range tids {
 		s, err := task.ReadStatus(tid)
 		if err != nil {
 			return nil, err
 		}
-		if s.State == 'Z' && tid == pid && len(p.tids) == 1 {
-			return nil, nil
+		if tid == pid {
+			p.leader = s
 		}
-		p.status = append(p.status, s)
+		if tid != pid || s.State != 'Z' {
+			p.tids, p.status = append(p.tids, tid), append(p.status, s)
+		}
 	}
-	p.inner = c.level(p.status[0].NSpid)
+	if len(p.tids) == 0 {
+		return nil, nil
+	}
+	p.pid, p.inner = p.tids[0], c.level(p.leader.NSpid)
 	if p.comm, err = task.Comm(pid); err != nil {
 		return nil, err
 	}
-	p.stat, err = task.ReadStat(pid)
+	if p.stat, err = task.ReadStat(p.pid); err == nil && p.pid != p.tgid {
+		err = p.readDead(c.maps)
+	}
 	return p, err
+}
+
+const ssDisable = 2 // SS_DISABLE: no alternate signal stack
+
+// readDead reads what is left of a leader that has ended while others run.
+func (p *process) readDead(maps task.IDMaps) error {
+	stat, err := task.ReadStat(p.tgid)
+	if err != nil {
+		return err
+	}
+	p.dead = &image.Thread{
+		Tid: int32(p.inner), Comm: p.comm, Creds: task.Credentials(p.leader, maps),
+		AltStack: image.AltStack{Flags: ssDisable}, Exited: true, ExitCode: uint32(stat.Field(statExitCode)),
+	}
+	p.stat.Set(task.StatExitSignal, stat) // a process's, but shown with its leader only
+	return nil
 }
 
 // level is the number of the container's pid namespace among those that
@@ -241,11 +267,7 @@ func (n *census) admit(c *container, p *process) (err error) {
 	if err := admitThreads(p); err != nil {
 		return err
 	}
-	s := p.status[0]
-	switch {
-	case s.State == 'Z':
-		return fail.Refuse("", "its main thread has ended while others run; that is not supported yet", "")
-	case p.inner == 0:
+	if p.inner == 0 {
 		return fail.Refuse("pid namespace", "it is in none of the container", "")
 	}
 	if p.place, err = n.nested.Add(p.pid, p.name()); err != nil {
@@ -299,7 +321,7 @@ func goneIs(pid int, err error) error {
 func (n *census) findZombies(c *container) error {
 	known := map[int]bool{}
 	for _, p := range n.procs {
-		known[p.pid] = true
+		known[p.tgid] = true
 	}
 	for _, p := range n.procs {
 		for _, tid := range p.tids {
@@ -383,13 +405,13 @@ func (n *census) family() map[int][]*process {
 // knownTo is the pid by which another process knows p: that of its own pid
 // namespace.
 func (p *process) knownTo(other *process) int32 {
-	return int32(p.status[0].NSpid[len(other.status[0].NSpid)-1])
+	return int32(p.leader.NSpid[len(other.leader.NSpid)-1])
 }
 
 // passJobs notes with each child what its parent has yet to be told of it.
 func (n *census) passJobs(children map[int][]*process) {
 	for _, parent := range n.procs {
-		for _, p := range children[parent.pid] {
+		for _, p := range children[parent.tgid] {
 			switch code := parent.state.Untold[p.knownTo(parent)]; {
 			case code == image.CldStopped && p.state.Task.Stopped != 0, code == image.CldContinued && p.state.Task.Stopped == 0:
 				p.state.Task.Untold = code
@@ -410,16 +432,19 @@ func narrow(ids []int) []int32 {
 func (n *census) tree(c *container) (image.Tree, error) {
 	inner := map[int]int{}
 	for _, p := range n.procs {
-		inner[p.pid] = p.inner
+		inner[p.tgid] = p.inner
 	}
 	var all []image.Process
 	for _, p := range n.procs {
-		s := p.status[0]
+		s, threads := p.leader, p.status
+		if p.dead != nil {
+			threads = append([]*task.Status{s}, threads...)
+		}
 		one := image.Process{
 			Pid: int32(p.inner), Ppid: int32(inner[s.PPid]), Comm: p.comm, Pids: narrow(s.NSpid),
-			Pgid: int32(c.level(s.NSpgid)), Sid: int32(c.level(s.NSsid)), Inner: c.innerIDs(p.status...),
+			Pgid: int32(c.level(s.NSpgid)), Sid: int32(c.level(s.NSsid)), Inner: c.innerIDs(threads...),
 		}
-		for _, st := range p.status {
+		for _, st := range threads {
 			one.Threads = append(one.Threads, int32(c.level(st.NSpid)))
 		}
 		all = append(all, one)

@@ -368,7 +368,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := k.collectTask(p, children[p.pid]); err != nil {
+		if err := k.collectTask(p, children[p.tgid]); err != nil {
 			return fail.In(p.name(), err)
 		}
 	}
@@ -405,9 +405,9 @@ func (k *checkpoint) collectTask(p *process, children []*process) error {
 	}
 	k.report.Tasks++
 	k.report.Threads += len(p.tids)
-	p.live = k.halt.Live[p.pid]
+	p.live = k.halt.Live[p.tgid]
 	src := &task.Source{
-		Stopped: k.halt.Stopped[p.pid],
+		Stopped: k.halt.Stopped[p.tgid],
 		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
 		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: also,
@@ -419,11 +419,11 @@ func (k *checkpoint) collectTask(p *process, children []*process) error {
 			return task.Innermost(s.NSpid) // as the task itself numbers it
 		},
 		Level:  k.c.level,
-		Timers: func() (map[int32]bpf.Timer, bool) { return k.learned.timersOf(p.pid) },
+		Timers: func() (map[int32]bpf.Timer, bool) { return k.learned.timersOf(p.tgid) },
 		Exists: func(inner int) bool {
-			level := len(p.status[0].NSpid) - 1 // the task's own pid namespace
+			level := len(p.leader.NSpid) - 1 // the task's own pid namespace
 			return slices.ContainsFunc(k.census.procs, func(other *process) bool {
-				ids := other.status[0].NSpid
+				ids := other.leader.NSpid
 				return len(ids) > level && ids[level] == inner
 			}) || slices.ContainsFunc(k.census.zombies, func(z zombie) bool { return len(z.Pids) > level && int(z.Pids[level]) == inner })
 		},

@@ -552,7 +552,7 @@ func (r *restore) stopJobs() error {
 			depth[p.Pid] = len(p.Inner.Pgid)
 		}
 		t := r.head.Task(p.Pid)
-		if t == nil {
+		if t == nil || r.vforked[p.Pid] != nil {
 			continue
 		}
 		pid := p.Pid
@@ -613,10 +613,26 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 			return err
 		}
 	}
+	if t.Threads[0].Exited {
+		f.last = 1
+	}
 	for i := len(threads) - 1; i >= 0; i-- { // the leader last
-		if err := r.finishThread(f, i, threads[i]); err != nil {
+		err := r.prepareThread(f, i, threads[i])
+		if err == nil && i > f.last {
+			err = r.finishThread(f, i, threads[i])
+		}
+		if err != nil {
 			return fail.On(fmt.Sprintf("thread %d", t.Threads[i].Tid), err)
 		}
+	}
+	if t.Threads[0].Exited {
+		if err := threads[0].ExitThread(t.Threads[0].ExitCode>>8, t.Stopped == 0); err != nil {
+			return fail.On(fmt.Sprintf("thread %d", t.Threads[0].Tid), err)
+		}
+		r.threads[int(t.Pid)] = threads[1:]
+	}
+	if err := r.finishThread(f, f.last, threads[f.last]); err != nil {
+		return fail.On(fmt.Sprintf("thread %d", t.Threads[f.last].Tid), err)
 	}
 	if !task.KeepsDumpable(t) {
 		r.Log.Warn("not dumpable at all instead of by root only, as fs.suid_dumpable is not 2 here", "pid", t.Pid)
@@ -636,9 +652,11 @@ type finishing struct {
 	pid     int32       // in the container's
 	sighand *image.Sighand
 	held    task.Held
+	last    int // the thread that is finished last: the leader, unless it has ended
 }
 
-func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
+// prepareThread gives a thread what its stub has to call for.
+func (r *restore) prepareThread(f *finishing, i int, s *tracee.Stub) error {
 	t, rec := f.task, &f.task.Threads[i]
 	if rec.PDeathSig != 0 && (s.Pid == r.made.stub.Pid || slices.Contains(r.made.guests, s.Pid)) {
 		// Its parent would be us. The real one is gone anyway.
@@ -670,9 +688,14 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	}
 	r.maker.Own(&b, r.head.Files(table), t.Pid)
 	task.RestoreThreadLast(&b, t, i)
-	if _, err := s.Run(&b); err != nil {
-		return task.Explain(err)
-	}
+	_, err := s.Run(&b)
+	return task.Explain(err)
+}
+
+// finishThread puts a thread where it goes on. The last one of its process takes
+// the stub away.
+func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
+	rec := &f.task.Threads[i]
 	if rec.Vfork != 0 {
 		return nil // the rest comes when it has vforked
 	}
@@ -680,15 +703,15 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 	if err != nil {
 		return err
 	}
-	if regs, err = task.RestoreRestart(s, rec.Restart, regs, clocks); err != nil {
+	if regs, err = task.RestoreRestart(s, rec.Restart, regs, r.clocks(f.pid)); err != nil {
 		return err
 	}
-	if i == 0 && !vforks(t) && r.users.done(t.Sighand) {
+	if i == f.last && !vforks(f.task) && r.users.done(f.task.Sighand) {
 		if err := task.RestoreTrap(s, f.sighand); err != nil {
 			return err
 		}
 	}
-	if i == 0 && !vforks(t) && r.users.done(t.MM) {
+	if i == f.last && !vforks(f.task) && r.users.done(f.task.MM) {
 		if err := task.UnmapService(s); err != nil {
 			return err
 		}

@@ -254,6 +254,10 @@ func (n *census) noteTables(p *process) {
 		}
 		th.SemUndo = n.undoList(p, p.tids[i])
 	}
+	if p.dead != nil {
+		p.dead.SemUndo = t.Threads[0].SemUndo // it has none of its own any more
+		t.Threads = append([]image.Thread{*p.dead}, t.Threads...)
+	}
 }
 
 // undoList is the number of a thread's semaphore undo list, 0 for none.

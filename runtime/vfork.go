@@ -54,7 +54,7 @@ func (k *checkpoint) readWaiting() (err error) {
 func (k *checkpoint) checkVforked(parent *process, tid, child int) error {
 	n := k.census
 	const remedy = "try again when it has called execve(2)"
-	i := slices.IndexFunc(n.procs, func(p *process) bool { return p.pid == child })
+	i := slices.IndexFunc(n.procs, func(p *process) bool { return p.tgid == child })
 	if i < 0 || n.procs[i].status[0].PPid != parent.pid {
 		return fail.Refuse("", "the child that it waits for in vfork(2) is not its own or not in the container", remedy)
 	}
@@ -86,7 +86,7 @@ func (k *checkpoint) waitingThread(tid int) (*task.Waiting, error) {
 	if !ok {
 		return nil, fmt.Errorf("thread %d appeared while everything was stopped", tid)
 	}
-	i := slices.IndexFunc(k.census.procs, func(p *process) bool { return p.pid == w.Child })
+	i := slices.IndexFunc(k.census.procs, func(p *process) bool { return p.tgid == w.Child })
 	return &task.Waiting{VforkParent: w, Child: k.census.procs[i].state.Task}, nil
 }
 
@@ -258,6 +258,10 @@ func (r *restore) finishVforked(parent, t *image.Task) error {
 		if err := r.maker.OwnTable(s, r.head.Files(t.Files)); err != nil {
 			return err
 		}
+	}
+	// Its parent, in vfork(2), can be told nothing yet.
+	if _, err := task.RestoreJob(s, nil, 0, t); err != nil {
+		return err
 	}
 	return r.finishTask(t, s)
 }

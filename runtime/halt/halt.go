@@ -246,7 +246,11 @@ func (h *Halt) settle() error {
 		byPid[t.Pid] = append(byPid[t.Pid], t)
 	}
 	for pid, threads := range byPid {
-		live, err := tracee.NewLive(pid)
+		tid := pid
+		if h.Held[pid] == nil { // its leader has ended, and with it has no memory
+			tid = threads[0].Tid
+		}
+		live, err := tracee.NewLive(tid)
 		if err != nil {
 			return fail.In(fmt.Sprintf("task (host %d)", pid), err)
 		}

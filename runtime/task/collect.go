@@ -71,14 +71,15 @@ type State struct {
 	asked   int64 // CLOCK_MONOTONIC when the process had told what time its timers had left
 }
 
-const statExitSignal = 38 // field of /proc/PID/stat
+// StatExitSignal is a field of /proc/PID/stat.
+const StatExitSignal = 38
 
 // Collect reads everything a process and its threads own: what can be read
 // from outside, and one batch in each thread for the rest.
 func (s *Source) Collect() (*State, error) {
 	st := &State{tids: s.Tids, Task: &image.Task{
 		Pid:        int32(s.Inner),
-		ExitSignal: int32(s.Stat.Field(statExitSignal)),
+		ExitSignal: int32(s.Stat.Field(StatExitSignal)),
 	}}
 	if err := s.outside(st.Task); err != nil {
 		return nil, err
@@ -247,7 +248,7 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	if rec.Comm, err = Comm(t.Tid); err != nil {
 		return err
 	}
-	rec.Creds = credentials(status, s.Maps)
+	rec.Creds = Credentials(status, s.Maps)
 	rec.SeccompMode = status.Seccomp
 	if rec.Seccomp, err = seccompFilters(t, status.Seccomp); err != nil {
 		return err

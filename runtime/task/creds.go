@@ -51,9 +51,9 @@ func (m IDMaps) Owner(st *unix.Stat_t) (uid, gid uint32) {
 	return inside(m.UID, st.Uid), inside(m.GID, st.Gid)
 }
 
-// credentials reads a thread's credentials but for the securebits, which only
+// Credentials reads a thread's credentials but for the securebits, which only
 // the thread itself can tell.
-func credentials(s *Status, maps IDMaps) image.Credentials {
+func Credentials(s *Status, maps IDMaps) image.Credentials {
 	c := image.Credentials{
 		Inheritable: s.CapInh, Permitted: s.CapPrm, Effective: s.CapEff,
 		Bounding: s.CapBnd, Ambient: s.CapAmb, NoNewPrivs: s.NoNewPrivs,

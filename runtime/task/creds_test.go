@@ -23,7 +23,7 @@ func TestIDMaps(t *testing.T) {
 	if toContainer(nil, 1234) != 1234 {
 		t.Error("without a map ids are their own")
 	}
-	c := credentials(&Status{UID: [4]uint32{100001, 100002, 5, 5}, GID: [4]uint32{7, 7, 7, 7}, Groups: []uint32{100003, 1}},
+	c := Credentials(&Status{UID: [4]uint32{100001, 100002, 5, 5}, GID: [4]uint32{7, 7, 7, 7}, Groups: []uint32{100003, 1}},
 		IDMaps{UID: m, GID: []image.IDMap{{Container: 3, Host: 1, Size: 10}}})
 	want := image.Credentials{UID: [4]uint32{1, 2, 1000, 1000}, GID: [4]uint32{9, 9, 9, 9}, Groups: []uint32{overflowID, 3}}
 	if d := cmp.Diff(want, c); d != "" {
@@ -108,7 +108,7 @@ func TestCredentials(t *testing.T) {
 			}
 			status, err := ReadStatus(s.Pid)
 			check(t, err)
-			got := credentials(status, IDMaps{})
+			got := Credentials(status, IDMaps{})
 			got.Securebits = uint32(b.Calls[secure].Ret)
 			if d := cmp.Diff(want, got); d != "" {
 				t.Errorf("(-want +got)\n%s", d)

@@ -142,8 +142,9 @@ func SendStops(threads []*tracee.Stub, t *image.Task) error {
 			return fmt.Errorf("pending SIGSTOP: %w", err)
 		}
 	}
-	for i := range t.Threads {
-		if stopPending(t.Threads[i].Pending) {
+	living := t.Threads[len(t.Threads)-len(threads):]
+	for i := range living {
+		if stopPending(living[i].Pending) {
 			if err := unix.Tgkill(threads[i].Pid, threads[i].Tid, unix.SIGSTOP); err != nil {
 				return fmt.Errorf("pending SIGSTOP: %w", err)
 			}

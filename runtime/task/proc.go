@@ -206,6 +206,13 @@ func (s *Stat) Field(n int) uint64 {
 	return v
 }
 
+// Set takes field n from another stat.
+func (s *Stat) Set(n int, from *Stat) {
+	if n < len(s.fields) && n < len(from.fields) {
+		s.fields[n] = from.fields[n]
+	}
+}
+
 // Comm is a thread's name, which may hold any byte but NUL.
 func Comm(tid int) ([]byte, error) {
 	b, err := readProc(tid, "comm")

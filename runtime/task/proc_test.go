@@ -39,7 +39,7 @@ func TestStatusAndStat(t *testing.T) {
 	}
 	stat, err := ReadStat(pid)
 	check(t, err)
-	const ppid, nice, exitSignal, beyond = 4, 19, statExitSignal, 500
+	const ppid, nice, exitSignal, beyond = 4, 19, StatExitSignal, 500
 	for field, want := range map[int]uint64{ppid: uint64(os.Getpid()), nice: 3, exitSignal: uint64(unix.SIGCHLD), beyond: 0} {
 		if got := stat.Field(field); got != want {
 			t.Errorf("field %d of stat is %d, want %d", field, got, want)

@@ -64,7 +64,7 @@ func (s *Source) waiting(i int, w *Waiting, rec *image.Thread) (err error) {
 		return err
 	}
 	rec.SigMask = status.SigBlk
-	rec.Creds = credentials(status, s.Maps)
+	rec.Creds = Credentials(status, s.Maps)
 	rec.Creds.Securebits = w.Securebits
 	rec.SeccompMode = status.Seccomp
 	rec.Seccomp = child.Seccomp[:min(status.Filters, len(child.Seccomp))]

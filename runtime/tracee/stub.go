@@ -497,6 +497,32 @@ func (s *Stub) Exit(status unix.WaitStatus) error {
 	return err
 }
 
+// ExitThread ends the stub's thread alone, a leader that others outlive: it stays
+// as a zombie until they have ended. Detached, it is no longer ours to wait for;
+// but in a group stop only a traced one runs.
+func (s *Stub) ExitThread(code uint32, detach bool) error {
+	var b Batch
+	if _, err := s.Run(b.nop()); err != nil { // bring it to its INT3, a stop that takes registers
+		return err
+	}
+	err := s.SetRegs(s.regs.forCall(s.code+serviceCall, unix.SYS_EXIT, [6]uint64{uint64(code)}))
+	if err == nil && detach {
+		err = s.Detach(0)
+	} else if err == nil {
+		err = s.Cont(0)
+	}
+	for begin := time.Now(); err == nil; time.Sleep(20 * time.Microsecond) {
+		var dead bool
+		if dead, err = s.dead(); dead {
+			return nil
+		}
+		if err == nil && time.Since(begin) > guestPatience {
+			err = fmt.Errorf("task %d: its thread does not end", s.Tid)
+		}
+	}
+	return err
+}
+
 func (b *Batch) nop() *Batch {
 	b.Add(unix.SYS_GETPID)
 	return b
