@@ -296,7 +296,7 @@ func (c *container) inMainCgroup(pid int) error {
 
 // cgroupsOf reads a process's cgroup by controller, "" for the unified one.
 func cgroupsOf(pid int) (map[string]string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	b, err := tracee.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		return nil, goneIs(pid, err)
 	}
@@ -325,7 +325,7 @@ func (n *census) findZombies(c *container) error {
 	}
 	for _, p := range n.procs {
 		for _, tid := range p.tids {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.pid, tid))
+			b, err := tracee.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.pid, tid))
 			if err != nil {
 				return goneIs(p.pid, err)
 			}

@@ -49,13 +49,10 @@ func owners(tids []int, kind uintptr) (map[int]int, error) {
 		failed = errors.Join(failed, err)
 		return c
 	}
-	sorted := slices.Clone(tids)
-	slices.SortStableFunc(sorted, order)
 	out := make(map[int]int, len(tids))
-	for i, tid := range sorted {
-		out[tid] = tid
-		if i > 0 && order(sorted[i-1], tid) == 0 {
-			out[tid] = out[sorted[i-1]]
+	for _, same := range object.Same(tids, order) {
+		for _, tid := range same {
+			out[tid] = same[0]
 		}
 	}
 	return out, failed

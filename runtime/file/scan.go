@@ -62,7 +62,7 @@ func look(p *Process, fd int) (*seen, error) {
 	if err = unix.Stat(s.path(), &s.stat); err != nil {
 		return nil, err
 	}
-	if s.info, err = os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", p.Pid, fd)); err != nil {
+	if s.info, err = tracee.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", p.Pid, fd)); err != nil {
 		return nil, err
 	}
 	s.pos = int64(s.number("pos", 10))
@@ -286,17 +286,8 @@ func group(all []*seen) ([][]*seen, error) {
 		failed = errors.Join(failed, err)
 		return c
 	}
-	sorted := slices.Clone(all)
-	slices.SortStableFunc(sorted, order)
-	var out [][]*seen
-	for i, one := range sorted {
-		if i > 0 && order(sorted[i-1], one) == 0 {
-			out[len(out)-1] = append(out[len(out)-1], one)
-		} else {
-			out = append(out, []*seen{one})
-		}
-	}
-	return out, failed
+	groups := object.Same(all, order)
+	return groups, failed
 }
 
 // Types of kcmp(2).

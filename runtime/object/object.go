@@ -4,7 +4,11 @@
 // it refers to.
 package object
 
-import "github.com/ocickpt/ocickpt/image"
+import (
+	"slices"
+
+	"github.com/ocickpt/ocickpt/image"
+)
 
 // Object is one object of the stream.
 type Object struct {
@@ -31,4 +35,20 @@ func RefOf(o *Object) image.Ref {
 		return 0
 	}
 	return o.Ref
+}
+
+// Same puts together what an order such as kcmp(2)'s has for equal: groups in
+// that order, each in the order of the list. A comparison is a system call, and
+// most are of things that are equal to one that was met before: sorting the list
+// would compare these with each other.
+func Same[T any](all []T, compare func(a, b T) int) (groups [][]T) {
+	for _, one := range all {
+		i, met := slices.BinarySearchFunc(groups, one, func(g []T, one T) int { return compare(g[0], one) })
+		if met {
+			groups[i] = append(groups[i], one)
+		} else {
+			groups = slices.Insert(groups, i, []T{one})
+		}
+	}
+	return groups
 }

@@ -2,6 +2,7 @@ package object
 
 import (
 	"bytes"
+	"fmt"
 	"testing"
 
 	"github.com/ocickpt/ocickpt/image"
@@ -44,5 +45,20 @@ func TestWriteRefused(t *testing.T) {
 	o := &Object{Type: image.TypePipe, Record: &image.Pipe{}}
 	if err := o.Write(image.NewWriter(&bytes.Buffer{})); err == nil {
 		t.Error("an object stands first in a stream")
+	}
+}
+
+func TestSame(t *testing.T) {
+	compared := 0
+	got := Same([]string{"b1", "a1", "b2", "c1", "a2", "b3"}, func(a, b string) int {
+		compared++
+		return int(a[0]) - int(b[0])
+	})
+	if want := "[[a1 a2] [b1 b2 b3] [c1]]"; fmt.Sprint(got) != want {
+		t.Errorf("groups %v, want %s", got, want)
+	}
+	Same(make([]int, 1000), func(int, int) int { compared++; return 0 })
+	if compared > 2100 {
+		t.Errorf("%d comparisons of what is equal", compared)
 	}
 }

@@ -235,7 +235,7 @@ func Threads(pid int) ([]int, error) {
 }
 
 func readProc(pid int, name string) ([]byte, error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/" + name)
+	b, err := tracee.ReadFile("/proc/" + strconv.Itoa(pid) + "/" + name)
 	return b, gone(pid, err)
 }
 

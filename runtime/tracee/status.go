@@ -25,7 +25,7 @@ type status struct {
 
 func readStatus(pid, tid int) (st status, err error) {
 	st.seccomp = "0" // a kernel without
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", pid, tid))
+	text, err := ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", pid, tid))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return st, fmt.Errorf("%w: %w", ErrGone, err)
 	}
@@ -200,7 +200,7 @@ func (t *Thread) await(limit time.Duration) (Stop, error) {
 
 // dead reports a thread that has ended, reaped or not.
 func (t *Thread) dead() (bool, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", t.Pid, t.Tid))
+	stat, err := ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", t.Pid, t.Tid))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return true, nil
 	}
