@@ -78,13 +78,16 @@ func (g *generator) children(most, depth int) {
 }
 
 // process has its session or group of its own before or after its children,
-// which decides what these inherit. A session leader cannot change its group
+// which decides what these inherit. Some take in the orphans below them. A session leader cannot change its group
 // and a group leader cannot start a session; zombies of both kinds leave
 // groups and sessions without their leaders.
 func (g *generator) process(depth int) {
 	own := []string{"", "", "s", "g", "p"}[g.IntN(5)]
 	early := g.IntN(2) == 0
 	g.WriteByte('(')
+	if g.IntN(5) == 0 {
+		g.WriteByte('r')
+	}
 	if early {
 		g.WriteString(own)
 	}
@@ -100,15 +103,17 @@ func (g *generator) process(depth int) {
 // script says. Pids are counted from the first of its own: runc's init, which
 // becomes the first process, has used some for its threads.
 func TestForestSteps(t *testing.T) {
-	c := newContainer(t, withReport("forest"), withArgs("/bin/forest", "((g)(sz)x)((p)s())")).run()
+	c := newContainer(t, withReport("forest"), withArgs("/bin/forest", "((g)(sz)x)((p)s())(r(()x))")).run()
 	c.progress(10)
 	want := map[int][4]int{ // parent, group, session, zombie
-		1: {0, 1, 1, 0},
-		3: {1, 3, 1, 0}, // adopted by the first process
-		4: {1, 4, 4, 1},
-		5: {1, 5, 5, 0},
-		6: {5, 1, 1, 0}, // forked before its parent's setsid
-		7: {5, 5, 5, 0},
+		1:  {0, 1, 1, 0},
+		3:  {1, 3, 1, 0}, // adopted by the first process
+		4:  {1, 4, 4, 1},
+		5:  {1, 5, 5, 0},
+		6:  {5, 1, 1, 0}, // forked before its parent's setsid
+		7:  {5, 5, 5, 0},
+		8:  {1, 1, 1, 0},
+		10: {8, 1, 1, 0}, // adopted by its grandparent
 	}
 	got := map[int][4]int{}
 	tree := c.tree()

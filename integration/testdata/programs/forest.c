@@ -5,7 +5,9 @@
  *	(...)	fork a child that runs the steps up to the matching bracket
  *	s	setsid			g	setpgid(0, 0)
  *	p	setpgid(0, the parent's group)
- *	x	exit; the parent reaps it, its children go to the first process
+ *	r	become a child subreaper
+ *	x	exit; the parent reaps it, its children go to the nearest subreaper
+ *		above, or else to the first process
  *	z	exit and stay a zombie
  *
  * A parent goes on only after its child's whole script has run, so the same
@@ -13,6 +15,7 @@
  * checks that its pid, group and session stay and counts in shared memory.
  */
 #include "hold.h"
+#include <sys/prctl.h>
 
 #define TREES_MAX WORKERS_MAX
 
@@ -108,6 +111,9 @@ static void run(const char *at, int ready)
 			break;
 		case 'p':
 			need(!setpgid(0, getpgid(getppid())));
+			break;
+		case 'r':
+			need(!prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0));
 			break;
 		case 'x':
 		case 'z':
