@@ -216,6 +216,13 @@ func (b *builder) checkTTY(f *File) error {
 // maxPty bounds the numbers of terminals: to have one, all below it are made.
 const maxPty = 4096 // kernel.pty.max, as it comes
 
+// maxUnread bounds what waits at a side: 4 KiB in the line discipline, 8 and some
+// before it (pty_common_install in drivers/tty/pty.c).
+const maxUnread = 16 << 10
+
+// unread is how many bytes of a terminal are in the contents.
+func (p *Pty) unread() uint64 { return uint64(p.Output) + uint64(p.Input) + uint64(p.Behind) }
+
 func checkPty(p *Pty) error {
 	const termios2 = 44 // sizeof(struct termios2)
 	switch {
@@ -227,6 +234,12 @@ func checkPty(p *Pty) error {
 		return fmt.Errorf("terminal /dev/pts/%d: session %d or process group %d is negative", p.Index, p.Session, p.Foreground)
 	case p.Mode&^0o777 != 0:
 		return fmt.Errorf("terminal /dev/pts/%d: mode %#o", p.Index, p.Mode)
+	case p.Output > maxUnread || p.Input > maxUnread || p.Behind > maxUnread:
+		return fmt.Errorf("terminal /dev/pts/%d: %d, %d and %d bytes wait in it", p.Index, p.Output, p.Input, p.Behind)
+	case len(p.Ends) != int(p.Input+7)/8:
+		return fmt.Errorf("terminal /dev/pts/%d: %d bytes of marks for %d of input", p.Index, len(p.Ends), p.Input)
+	case p.HungUp && p.unread() != 0, p.Console && p.Output+p.Behind != 0:
+		return fmt.Errorf("terminal /dev/pts/%d has no side at which anything could wait", p.Index)
 	case p.HungUp && (p.Session != 0 || p.Console):
 		return fmt.Errorf("terminal /dev/pts/%d is hung up and in use", p.Index)
 	}
@@ -257,12 +270,17 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 		if offset != next {
 			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
 		}
+	case *Pty:
+		size = o.unread()
+		if offset != next {
+			return fmt.Errorf("bytes of terminal #%d at %d do not follow those before, which end at %d", ref, offset, next)
+		}
 	case *Removed:
 		size = uint64(o.Size)
 	case *Inode:
 		size = o.Size
 	default:
-		return fmt.Errorf("reference %d names no pipe or file without a name", ref)
+		return fmt.Errorf("reference %d names no pipe, terminal or file without a name", ref)
 	}
 	switch {
 	case n == 0:

@@ -281,6 +281,9 @@ func (b *builder) finish() error {
 		if q, ok := o.(*Messages); ok && b.progress[ref] != q.Bytes() {
 			return fmt.Errorf("message queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
 		}
+		if p, ok := o.(*Pty); ok && b.progress[ref] != p.unread() {
+			return fmt.Errorf("terminal #%d holds %d bytes, the image has %d of them", ref, p.unread(), b.progress[ref])
+		}
 	}
 	return nil
 }

@@ -312,6 +312,9 @@ func TestBadObjects(t *testing.T) {
 		{"/dev/pts/4096: its number", on(func(p *Pty) bool { p.Index = 4096; return true })},
 		{"settings of 43 bytes", on(func(p *Pty) bool { p.Termios = p.Termios[1:]; return true })},
 		{"settings of 44 bytes", on(func(p *Pty) bool { p.HungUp = true; return true })},
+		{"20000, 0 and 0 bytes wait", on(func(p *Pty) bool { p.Output = 20000; return true })},
+		{"0 bytes of marks for 9", on(func(p *Pty) bool { p.Input = 9; return true })},
+		{"has no side", on(func(p *Pty) bool { p.Console, p.Behind = true, 1; return true })},
 		{"hung up and in use", on(func(p *Pty) bool { p.HungUp, p.Termios = true, nil; return true })},
 		{"session -1", on(func(p *Pty) bool { p.Session = -1; return true })},
 		{"mode 01777", on(func(p *Pty) bool { p.Mode = 0o1777; return true })},
@@ -555,9 +558,9 @@ func TestBadBeginning(t *testing.T) {
 
 func TestBadContents(t *testing.T) {
 	for want, write := range map[string]func(f *forge) error{
-		"names no address space": func(f *forge) error { return f.bulk(TypePages, refPipe, Pages{[]Run{{Addr: 0, Count: 1}}}, page(1, 1)) },
-		"names no pipe or file":  func(f *forge) error { return f.bulk(TypeBytes, refMMInit, Bytes{}, page(1, 1)) },
-		"reference 99":           func(f *forge) error { return f.bulk(TypeBytes, 99, Bytes{}, page(1, 1)) },
+		"names no address space":          func(f *forge) error { return f.bulk(TypePages, refPipe, Pages{[]Run{{Addr: 0, Count: 1}}}, page(1, 1)) },
+		"names no pipe, terminal or file": func(f *forge) error { return f.bulk(TypeBytes, refMMInit, Bytes{}, page(1, 1)) },
+		"reference 99":                    func(f *forge) error { return f.bulk(TypeBytes, 99, Bytes{}, page(1, 1)) },
 		"outside the areas": func(f *forge) error {
 			return f.bulk(TypePages, refMMChild, Pages{[]Run{{Addr: areaHeap + 0x3000, Count: 3, Zero: true}}}, nil)
 		},

@@ -542,6 +542,8 @@ type Pipe struct {
 }
 
 // Pty is a pseudo-terminal: a master, opened as ptmx, and its slave /dev/pts/Index.
+// Its bytes, Output and Input and Behind, follow as TypeBytes records of the same
+// reference in the contents section.
 type Pty struct {
 	Index      int32     `cbor:"1,keyasint"`
 	Console    bool      `cbor:"2,keyasint,omitempty"`  // the container's own terminal: its master is the engine's
@@ -558,6 +560,10 @@ type Pty struct {
 	Mode       uint32    `cbor:"13,keyasint"`           // of the slave's node
 	UID        uint32    `cbor:"14,keyasint,omitempty"`
 	GID        uint32    `cbor:"15,keyasint,omitempty"`
+	Output     uint32    `cbor:"16,keyasint,omitempty"` // bytes that wait to be read from the master
+	Input      uint32    `cbor:"17,keyasint,omitempty"` // from the slave
+	Behind     uint32    `cbor:"18,keyasint,omitempty"` // behind those, as they were written to the master
+	Ends       []byte    `cbor:"19,keyasint,omitempty"` // a bit for each byte of Input: it ends a line
 }
 
 // Inode is a file in one of the container's own file systems in memory

@@ -158,6 +158,19 @@ func TestTerminalInForeground(t *testing.T) {
 	slave.Close()
 }
 
+// TestUnreadWithoutBPF: what cannot be looked at is refused by name, and the
+// container goes on.
+func TestUnreadWithoutBPF(t *testing.T) {
+	p := program{name: "terminal", options: []option{withArgs("/bin/terminal")}}
+	c := p.start(t)
+	t.Setenv("OCICKPT_NO_BPF", "1")
+	r := c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id)
+	if r.code != 1 || !strings.Contains(r.stderr, "bytes wait to be read from it") {
+		t.Errorf("exit status %d, %s", r.code, r.stderr)
+	}
+	c.progress(20)
+}
+
 // TestTerminalRefusals: who would hold the master must be clear.
 func TestTerminalRefusals(t *testing.T) {
 	c := newContainer(t, withTerminal(), withArgs("sh", "-c", echoes)).run()

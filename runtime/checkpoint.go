@@ -286,6 +286,9 @@ func (k *checkpoint) look() error {
 	if len(n.ipc.Sets) > 0 {
 		k.learned.undos.expect()
 	}
+	if n.files.HasTerminals() {
+		k.learned.terminals.expect()
+	}
 	for _, check := range []func() error{
 		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -340,6 +343,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	}
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
+		func() error { return k.readTerminals(n) },
 		n.checkSharing,
 		n.files.Fits,
 		n.files.CheckLocks,
@@ -379,6 +383,14 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	k.head.noteState(n)
 	k.warnOfGuests()
 	return n.findDonors(steps)
+}
+
+// readTerminals reads what lies unread in terminals, if there are any.
+func (k *checkpoint) readTerminals(n *census) error {
+	if !n.files.HasTerminals() {
+		return nil
+	}
+	return n.files.Unread(k.learned.unread())
 }
 
 func (k *checkpoint) collectTask(p *process, children []*process) error {

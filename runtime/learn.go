@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"io"
 	"log/slog"
 	"sync"
 
@@ -12,38 +13,42 @@ import (
 // read it take long to make: that is done while the container runs, if a look at
 // its tasks says that it will be needed.
 type learned struct {
-	log       *slog.Logger
-	blocks    question
-	timers    question
-	undos     question
-	allBlocks func() map[int]bpf.RestartBlock
+	log                   *slog.Logger
+	blocks, timers, undos question[*bpf.Question]
+	terminals             question[*bpf.Terminals]
+	allBlocks             func() map[int]bpf.RestartBlock
 }
 
 // question is one that is loaded in time if it is expected, else when it is asked.
-type question struct {
-	load func() (*bpf.Question, error)
-	once sync.Once
-	wait sync.WaitGroup
-	q    *bpf.Question
-	err  error
+type question[Q io.Closer] struct {
+	load   func() (Q, error)
+	once   sync.Once
+	wait   sync.WaitGroup
+	q      Q
+	err    error
+	loaded bool
 }
 
-func (q *question) ready() (*bpf.Question, error) {
-	q.once.Do(func() { q.q, q.err = q.load() })
+func (q *question[Q]) ready() (Q, error) {
+	q.once.Do(func() {
+		q.q, q.err = q.load()
+		q.loaded = q.err == nil
+	})
 	return q.q, q.err
 }
 
-func (q *question) expect() { q.wait.Go(func() { _, _ = q.ready() }) }
+func (q *question[Q]) expect() { q.wait.Go(func() { _, _ = q.ready() }) }
 
-func (q *question) close() {
+func (q *question[Q]) close() {
 	q.wait.Wait()
-	if q.q != nil {
+	if q.loaded {
 		_ = q.q.Close()
 	}
 }
 
 func newLearned(log *slog.Logger) *learned {
-	l := &learned{log: log, blocks: question{load: bpf.RestartBlocks}, timers: question{load: bpf.Timers}, undos: question{load: bpf.SemUndos}}
+	l := &learned{log: log}
+	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
@@ -73,16 +78,18 @@ func (l *learned) ready() {
 	l.blocks.wait.Wait()
 	l.timers.wait.Wait()
 	l.undos.wait.Wait()
+	l.terminals.wait.Wait()
 }
 
 func (l *learned) close() {
 	l.blocks.close()
 	l.timers.close()
 	l.undos.close()
+	l.terminals.close()
 }
 
 // ask asks. Without an answer the caller warns.
-func ask[T any](l *learned, q *question, f func(*bpf.Question) (T, error)) (answer T) {
+func ask[Q io.Closer, T any](l *learned, q *question[Q], f func(Q) (T, error)) (answer T) {
 	loaded, err := q.ready()
 	if err == nil {
 		answer, err = f(loaded)
@@ -103,4 +110,9 @@ func (l *learned) block(tid int) (bpf.RestartBlock, bool) {
 func (l *learned) timersOf(pid int) (map[int32]bpf.Timer, bool) {
 	all := ask(l, &l.timers, (*bpf.Question).Timers)
 	return all[pid], all != nil
+}
+
+// unread is what waits in the terminals, nil if that cannot be told.
+func (l *learned) unread() map[bpf.Side]bpf.Unread {
+	return ask(l, &l.terminals, (*bpf.Terminals).Unread)
 }

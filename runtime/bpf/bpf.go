@@ -38,10 +38,11 @@ type Question struct {
 // kernel knows the structures of the running kernel.
 type kernel struct{ spec *btf.Spec }
 
-// load assembles the body of a question between a prologue, which says about
+// load assembles the body of a question about every task, or "task_file", between
+// a prologue, which says about
 // whom it is, and the end. The body finds the task in R7 and the sequence file
 // to print to in R9, and may use everything but these.
-func load(name string, whom, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
+func load(name, over string, whom, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
 	if off {
 		return nil, ErrOff
 	}
@@ -61,7 +62,7 @@ func load(name string, whom, body func(k *kernel) (asm.Instructions, error)) (*Q
 	end := asm.Instructions{asm.Mov.Imm(asm.R0, 0).WithSymbol(endOfProgram), asm.Return()}
 	q := &Question{}
 	q.program, err = ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "task", License: "Dual MIT/GPL",
+		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: over, License: "Dual MIT/GPL",
 		Instructions: append(append(begin, ask...), end...),
 	})
 	if err != nil {

@@ -46,7 +46,7 @@ func NewLandlock() (*Landlock, error) {
 	if err := l.put(^uint64(0)); err != nil {
 		return nil, errors.Join(err, place.Close())
 	}
-	if l.Question, err = load("landlock", (*kernel).everyone, l.body); err != nil {
+	if l.Question, err = load("landlock", "task", (*kernel).everyone, l.body); err != nil {
 		return nil, errors.Join(err, place.Close())
 	}
 	at, err := l.find()

@@ -25,7 +25,7 @@ type RestartBlock struct {
 
 // RestartBlocks asks for the restart block of every thread that we trace.
 func RestartBlocks() (*Question, error) {
-	return load("restart_blocks", (*kernel).traced, restartBlocks)
+	return load("restart_blocks", "task", (*kernel).traced, restartBlocks)
 }
 
 func restartBlocks(k *kernel) (asm.Instructions, error) {

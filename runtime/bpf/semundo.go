@@ -19,7 +19,7 @@ const (
 
 // SemUndos asks for the semaphore adjustments of every thread that we trace
 // (struct sem_undo_list in ipc/sem.c).
-func SemUndos() (*Question, error) { return load("sem_undos", (*kernel).traced, semUndos) }
+func SemUndos() (*Question, error) { return load("sem_undos", "task", (*kernel).traced, semUndos) }
 
 func semUndos(k *kernel) (asm.Instructions, error) {
 	at, err := k.offsets(map[string][]string{

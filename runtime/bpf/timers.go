@@ -26,7 +26,7 @@ type Timer struct {
 const maxTimers = 512
 
 // Timers asks for the POSIX timers of every process that we trace.
-func Timers() (*Question, error) { return load("posix_timers", (*kernel).traced, timers) }
+func Timers() (*Question, error) { return load("posix_timers", "task", (*kernel).traced, timers) }
 
 func timers(k *kernel) (asm.Instructions, error) {
 	at, err := k.offsets(map[string][]string{

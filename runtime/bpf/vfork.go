@@ -54,7 +54,7 @@ const (
 // VforkParents asks about the threads given, by host tid.
 func VforkParents(tids []int) (map[int]VforkParent, error) {
 	var pieces []piece
-	q, err := load("vfork_parents", (*kernel).everyone, func(k *kernel) (asm.Instructions, error) {
+	q, err := load("vfork_parents", "task", (*kernel).everyone, func(k *kernel) (asm.Instructions, error) {
 		var err error
 		if pieces, err = k.vforkPieces(); err != nil {
 			return nil, err

@@ -662,12 +662,16 @@ func (m *Maker) Seal() error {
 	if _, err := m.stub.Run(&b); err != nil {
 		return fmt.Errorf("size, seals and times of files in memory and without a name: %w", err)
 	}
-	return nil
+	return m.refillTerminals()
 }
 
-// Fill puts bytes back into a pipe, of which the maker still holds both ends, or
-// a file without a name.
+// Fill puts bytes back into a pipe, of which the maker still holds both ends, a
+// terminal, or a file without a name.
 func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
+	if p := m.ptys[ref]; p != nil {
+		p.content = append(p.content, data...)
+		return nil
+	}
 	if _, ok := m.anchors[ref]; ok {
 		return m.fillRemoved(ref, offset, data)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -24,6 +26,7 @@ type pty struct {
 	object.Object
 	record        *image.Pty
 	master, slave *Description // one that holds it, or nil
+	content       []byte       // Output, Input and Behind of the record
 }
 
 // Device numbers of terminals (Documentation/admin-guide/devices.txt).
@@ -179,7 +182,7 @@ func (p *pty) askSlave(f *os.File) error {
 	var excl int32
 	err := ioctl(f, tioGExcl, unsafe.Pointer(&excl))
 	p.record.Exclusive = excl != 0
-	return errors.Join(err, p.askBoth(f), p.checkQuiet(f, "input"))
+	return errors.Join(err, p.askBoth(f))
 }
 
 func (p *pty) askMaster(f *os.File) error {
@@ -192,7 +195,7 @@ func (p *pty) askMaster(f *os.File) error {
 		err = errors.Join(err, fmt.Errorf("poll: %w", e))
 	}
 	p.record.Closed = fds[0].Revents&unix.POLLHUP != 0
-	return errors.Join(err, p.askBoth(f), p.checkQuiet(f, "output"))
+	return errors.Join(err, p.askBoth(f))
 }
 
 // askBoth reads what the sides have in common: asked for its settings, a master
@@ -202,15 +205,54 @@ func (p *pty) askBoth(f *os.File) error {
 	return errors.Join(ioctl(f, unix.TCGETS2, unsafe.Pointer(&p.record.Termios[0])), ioctl(f, unix.TIOCGWINSZ, unsafe.Pointer(&p.record.Winsize)))
 }
 
-// checkQuiet refuses a terminal in which something is under way: nobody can look
-// at it without taking it out.
-func (p *pty) checkQuiet(f *os.File, what string) error {
-	n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ)
-	if err != nil {
-		return fmt.Errorf("TIOCINQ: %w", err)
+// HasTerminals reports that somebody has a terminal open.
+func (s *Set) HasTerminals() bool { return len(s.terminals) > 0 }
+
+// Unread takes note of what waits in the terminals of the stopped container. nil
+// says that it cannot be told: nobody can look at it without taking it out.
+func (s *Set) Unread(all map[bpf.Side]bpf.Unread) error {
+	for _, p := range s.terminals {
+		if all == nil {
+			if err := p.checkQuiet(); err != nil {
+				return err
+			}
+			continue
+		}
+		index := int(p.record.Index)
+		out, in := all[bpf.Side{Index: index, Master: true}], all[bpf.Side{Index: index}]
+		p.content = slices.Concat(out.Data, out.Rest, in.Data, in.Rest)
+		p.record.Output, p.record.Input, p.record.Behind = uint32(len(out.Data)+len(out.Rest)), uint32(len(in.Data)), uint32(len(in.Rest))
+		if len(in.Data) > 0 {
+			p.record.Ends = make([]byte, (len(in.Data)+7)/8)
+		}
+		for i, end := range in.Ends {
+			if end {
+				p.record.Ends[i/8] |= 1 << (i % 8)
+			}
+		}
 	}
-	if n > 0 {
-		return fail.Refuse("", fmt.Sprintf("%d bytes of %s wait to be read from /dev/pts/%d, which is not supported yet", n, what, p.record.Index), "let the reader take them")
+	return nil
+}
+
+// checkQuiet refuses a terminal in which something is under way. A line that is
+// still being typed does not show.
+func (p *pty) checkQuiet() error {
+	for _, d := range []*Description{p.master, p.slave} {
+		if d == nil || p.record.HungUp {
+			continue
+		}
+		f, err := d.seen.own()
+		if err != nil {
+			return err
+		}
+		n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ)
+		_ = f.Close()
+		if err == nil && n > 0 {
+			err = fail.Refuse("", fmt.Sprintf("%d bytes wait to be read from it, and this kernel does not let them be looked at (BPF)", n), "let the reader take them")
+		}
+		if err != nil {
+			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
+		}
 	}
 	return nil
 }
@@ -227,6 +269,7 @@ type madePty struct {
 	ref           image.Ref
 	record        *image.Pty
 	master, slave int // 0 if there is none
+	content       []byte
 }
 
 // side is the descriptor by which a terminal takes its settings.
@@ -270,7 +313,7 @@ func (m *Maker) makePtys() error {
 		if p.master = masters[p.record.Index]; p.master == 0 {
 			return fail.On(fmt.Sprintf("terminal /dev/pts/%d", p.record.Index), errors.New("its number is taken in the new container"))
 		}
-		if open[p.ref] || p.record.Session != 0 || p.record.Closed {
+		if open[p.ref] || p.record.Session != 0 || p.record.Closed || p.record.Input+p.record.Behind > 0 {
 			if err := m.openSlave(p); err != nil {
 				return fail.On(fmt.Sprintf("terminal /dev/pts/%d", p.record.Index), err)
 			}
@@ -407,15 +450,143 @@ func (p *madePty) set(b *tracee.Batch) {
 		}
 		b.Add(unix.SYS_IOCTL, tracee.W(p.side()), tracee.W(unix.TIOCSWINSZ), b.Put(size))
 	}
-	if p.record.Packet {
-		b.Add(unix.SYS_IOCTL, tracee.W(p.master), tracee.W(unix.TIOCPKT), b.Put([]byte{1, 0, 0, 0}))
-	}
 	if p.record.Locked {
 		b.Add(unix.SYS_IOCTL, tracee.W(p.master), tracee.W(unix.TIOCSPTLCK), b.Put([]byte{1, 0, 0, 0}))
 	}
 	if p.record.Exclusive {
 		b.Add(unix.SYS_IOCTL, tracee.W(p.side()), tracee.W(unix.TIOCEXCL))
 	}
+}
+
+// refillTerminals puts back what lay unread. Packet mode comes behind it: the
+// master is told of changes of the settings then (TIOCPKT in ioctl_tty(2)).
+func (m *Maker) refillTerminals() error {
+	var b tracee.Batch
+	for _, p := range m.inOrder() {
+		if err := m.refill(p); err != nil {
+			return fail.On(fmt.Sprintf("terminal /dev/pts/%d", p.record.Index), err)
+		}
+		if p.record.Packet {
+			b.Add(unix.SYS_IOCTL, tracee.W(p.master), tracee.W(unix.TIOCPKT), b.Put([]byte{1, 0, 0, 0}))
+		}
+	}
+	_, err := m.stub.Run(&b)
+	return err
+}
+
+// refill puts back what lay unread in a terminal. TIOCSTI hands a byte to the line
+// discipline as if it had come from the other side, at once: settings that let
+// everything pass unchanged are in force meanwhile, and lines end where they
+// ended. What the line discipline had no room for follows by the plain way.
+func (m *Maker) refill(p *madePty) error {
+	if len(p.content) == 0 {
+		return nil
+	}
+	slave, err := m.stub.Take(p.side())
+	if err != nil {
+		return err
+	}
+	defer slave.Close()
+	rec := p.record
+	plain := slices.Clone(rec.Termios)
+	for i := range termiosCC + termiosNCC {
+		if i != termiosLine && (i < termiosCflag || i >= termiosCflag+4) {
+			plain[i] = 0
+		}
+	}
+	plain[termiosCC+unix.VMIN] = 1
+	canonical := binary.LittleEndian.Uint32(rec.Termios[termiosLflag:])&unix.ICANON != 0
+	if canonical {
+		binary.LittleEndian.PutUint32(plain[termiosLflag:], unix.ICANON)
+	}
+	if err := ioctl(slave, unix.TCSETS2, unsafe.Pointer(&plain[0])); err != nil {
+		return err
+	}
+	output, input, behind := p.content[:rec.Output], p.content[rec.Output:rec.Output+rec.Input], p.content[rec.Output+rec.Input:]
+	if err := m.refillOutput(p, slave, output); err != nil {
+		return err
+	}
+	for i, c := range input {
+		if err := typeByte(slave, plain, c, canonical && rec.Ends[i/8]>>(i%8)&1 != 0); err != nil {
+			return err
+		}
+	}
+	if err := ioctl(slave, unix.TCSETS2, unsafe.Pointer(&rec.Termios[0])); err != nil || len(behind) == 0 {
+		return err
+	}
+	return m.writeTo(p.master, behind)
+}
+
+// Places in struct termios2 (asm-generic/termbits.h).
+const (
+	termiosCflag = 8
+	termiosLflag = 12
+	termiosLine  = 16
+	termiosCC    = 17
+	termiosNCC   = 19
+)
+
+// roomOfLine is how many bytes a line discipline holds (N_TTY_BUF_SIZE less one).
+const roomOfLine = 4095
+
+func (m *Maker) refillOutput(p *madePty, slave *os.File, output []byte) error {
+	if len(output) == 0 {
+		return nil
+	}
+	master, err := m.stub.Take(p.master)
+	if err != nil {
+		return err
+	}
+	defer master.Close()
+	n := min(len(output), roomOfLine)
+	for _, c := range output[:n] {
+		if err := typeByte(master, nil, c, false); err != nil {
+			return err
+		}
+	}
+	if n == len(output) {
+		return nil
+	}
+	return m.writeTo(p.side(), output[n:])
+}
+
+// typeByte types a byte. One that ends a line without being a newline is the end
+// of a file, or a character that the program has chosen (VEOF, VEOL): it is made
+// that for a moment.
+func typeByte(f *os.File, plain []byte, c byte, end bool) error {
+	if !end || c == '\n' {
+		return ioctl(f, unix.TIOCSTI, unsafe.Pointer(&c))
+	}
+	special := slices.Clone(plain)
+	if c == 0 {
+		const eot = 4
+		special[termiosCC+unix.VEOF], c = eot, eot
+	} else {
+		special[termiosCC+unix.VEOL] = c
+	}
+	return errors.Join(
+		ioctl(f, unix.TCSETS2, unsafe.Pointer(&special[0])),
+		ioctl(f, unix.TIOCSTI, unsafe.Pointer(&c)),
+		ioctl(f, unix.TCSETS2, unsafe.Pointer(&plain[0])),
+	)
+}
+
+// writeTo writes to a terminal as the stub would, without waiting for a reader.
+func (m *Maker) writeTo(fd int, data []byte) error {
+	var b tracee.Batch
+	flags := b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_GETFL))
+	b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_SETFL), tracee.W(unix.O_NONBLOCK))
+	n := b.Add(unix.SYS_WRITE, tracee.W(fd), b.Put(data), tracee.W(len(data)))
+	if _, err := m.stub.Run(&b); err != nil {
+		return err
+	}
+	if b.Calls[n].Ret != int64(len(data)) {
+		return fmt.Errorf("a terminal takes %d of %d bytes", b.Calls[n].Ret, len(data))
+	}
+	var back tracee.Batch
+	back.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_SETFL), tracee.W(b.Calls[flags].Ret))
+	_, err := m.stub.Run(&back)
+	return err
 }
 
 // TakeTerminal adds the call by which the leader of a session that has just

@@ -135,6 +135,11 @@ static void check_session(void)
 
 static int packet, unopened, closed, locked, hung, exclusive;
 
+/* --- what lies unread, for ever --- */
+
+static int cooked[2], full[2], full_size;
+static const char typed[] = "one\ntwo\n\004part";	/* an end of file before it */
+
 static int new_master(int flags)
 {
 	int fd = posix_openpt(O_RDWR | O_NOCTTY | flags);
@@ -222,6 +227,64 @@ static void check_own(void)
 	close(fd);
 }
 
+static void make_unread(void)
+{
+	static char block[1 << 14];
+	struct termios raw;
+	ssize_t n;
+
+	need(!openpty(&cooked[0], &cooked[1], NULL, NULL, NULL));
+	need(write(cooked[0], typed, sizeof(typed) - 1) == sizeof(typed) - 1);
+	need(!openpty(&full[0], &full[1], NULL, NULL, NULL));
+	cfmakeraw(memset(&raw, 0, sizeof(raw)));
+	need(!tcsetattr(full[1], TCSANOW, &raw));
+	for (size_t i = 0; i < sizeof(block); i++)
+		block[i] = i * 7 / 5;
+	need(!fcntl(full[1], F_SETFL, O_NONBLOCK));
+	while ((n = write(full[1], block + full_size, sizeof(block) - full_size)) > 0)
+		full_size += n;
+	need(errno == EAGAIN && full_size > 4096);
+	doze(10 * MS);
+}
+
+static size_t take(int fd, char *to, size_t size)
+{
+	size_t have = 0;
+	ssize_t n = 1;
+
+	while (have < size && (n = read(fd, to + have, size - have)) > 0)
+		have += n;
+	return have;
+}
+
+/* Everything is taken out, looked at, and put back. */
+static void check_unread(void)
+{
+	static char block[1 << 14];
+	int wait;
+
+	need(take(full[0], block, full_size) == (size_t)full_size);
+	for (int i = 0; i < full_size; i++)
+		need(block[i] == (char)(i * 7 / 5));
+	need(!ioctl(full[0], TIOCINQ, &wait) && wait == 0);
+	for (int n = 0; n < full_size;) {
+		ssize_t put = write(full[1], block + n, full_size - n);
+
+		if (put > 0)
+			n += put;
+		else
+			doze(MS);
+	}
+	need(read(cooked[1], block, 100) == 4 && !memcmp(block, "one\n", 4));
+	need(read(cooked[1], block, 100) == 4 && !memcmp(block, "two\n", 4));
+	need(read(cooked[1], block, 100) == 0);
+	need(write(cooked[0], "ly\n", 3) == 3);
+	need(read(cooked[1], block, 100) == 7 && !memcmp(block, "partly\n", 7));
+	need(take(cooked[0], block, 18) == 18); /* the echo */
+	need(!memcmp(block, "one\r\ntwo\r\npartly\r\n", 18));
+	need(write(cooked[0], typed, sizeof(typed) - 1) == sizeof(typed) - 1);
+}
+
 int main(int argc, char **argv)
 {
 	with_own = argc > 1 && !strcmp(argv[1], "own");
@@ -230,11 +293,13 @@ int main(int argc, char **argv)
 		make_own();
 	make_session();
 	make_odd();
+	make_unread();
 	for (;;) {
 		if (with_own)
 			check_own();
 		check_session();
 		check_odd();
+		check_unread();
 		tick();
 		doze(20 * MS);
 	}
