@@ -553,9 +553,6 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 			err = t.Save(k.w, func() error { return save.Progress(0) })
 		}
 	}
-	if n := k.census.multiplied(); n > 0 {
-		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
-	}
 	if err == nil {
 		err = k.census.ipc.Contents(k.w)
 	}
@@ -687,6 +684,9 @@ func (k *checkpoint) settleAfter(context.Context) error {
 	var errs error
 	for _, w := range k.c.record.Warnings {
 		k.Log.Warn(w)
+	}
+	if n := k.census.multiplied(); n >= worthAWarning {
+		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
 	}
 	if !k.LeaveRunning {
 		for _, q := range k.quota {

@@ -60,6 +60,10 @@ func (n *census) findDonors(steps []forest.Step) error {
 	return nil
 }
 
+// worthAWarning is from how many bytes on multiplied memory is told of: a few
+// pages are written to by a parent between any two forks.
+const worthAWarning = 1 << 20
+
 // multiplied is how many bytes of memory that was shared will be there once for
 // each process that does not lend any itself.
 func (n *census) multiplied() (bytes uint64) {
