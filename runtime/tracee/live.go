@@ -130,8 +130,10 @@ func (l *Live) Settle(t *Thread, limit time.Duration) error {
 	for deadline := time.Now().Add(limit); ; {
 		busy, err := l.Busy(t)
 		switch {
-		case err != nil || !busy:
+		case err != nil:
 			return err
+		case !busy:
+			return t.passOn(limit)
 		case time.Now().After(deadline):
 			return fmt.Errorf("task %d: %w", t.Tid, ErrBusy)
 		}
@@ -146,6 +148,17 @@ func (l *Live) Settle(t *Thread, limit time.Duration) error {
 			return err
 		}
 	}
+}
+
+// passOn brings a thread that a signal has stopped on its way to a handler into
+// the stop that Interrupt asks for: let go from where it is, it would lose the
+// signal.
+func (t *Thread) passOn(limit time.Duration) error {
+	s, stopped, err := t.wait(unix.WNOHANG)
+	if err != nil || !stopped || s.Interrupted() {
+		return err
+	}
+	return t.WaitInterrupt(limit)
 }
 
 // runBriefly lets the thread run for about the time of a cure. It may stop by
