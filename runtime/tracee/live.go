@@ -127,7 +127,10 @@ func (l *Live) Busy(t *Thread) (bool, error) {
 // thread. A thread that also sits in a group stop gets out of the cave like
 // this too, which left to itself it would not before a SIGCONT.
 func (l *Live) Settle(t *Thread, limit time.Duration) error {
-	for deadline := time.Now().Add(limit); ; {
+	// A cure takes microseconds, once the thread gets a processor.
+	const shortest, longest = 20 * time.Microsecond, 5 * time.Millisecond
+	deadline := time.Now().Add(limit)
+	for brief := shortest; ; brief = min(2*brief, longest) {
 		busy, err := l.Busy(t)
 		switch {
 		case err != nil:
@@ -142,7 +145,7 @@ func (l *Live) Settle(t *Thread, limit time.Duration) error {
 			err = t.SetRegs(r)
 		}
 		if err == nil {
-			err = t.runBriefly(limit)
+			err = t.runBriefly(brief, limit)
 		}
 		if err != nil {
 			return err
@@ -164,8 +167,7 @@ func (t *Thread) passOn(limit time.Duration) error {
 // runBriefly lets the thread run for about the time of a cure. It may stop by
 // itself, for a group stop or a signal; to interrupt it then would only make it
 // stop again before its next instruction, for ever.
-func (t *Thread) runBriefly(limit time.Duration) error {
-	const cureTime = 20 * time.Microsecond
+func (t *Thread) runBriefly(brief, limit time.Duration) error {
 	s, _, err := t.wait(unix.WNOHANG)
 	if err != nil {
 		return err
@@ -177,7 +179,7 @@ func (t *Thread) runBriefly(limit time.Duration) error {
 	if err := t.Cont(sig); err != nil {
 		return err
 	}
-	time.Sleep(cureTime)
+	time.Sleep(brief)
 	if _, stopped, err := t.wait(unix.WNOHANG); err != nil || stopped {
 		return err
 	}
