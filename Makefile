@@ -32,12 +32,12 @@ lint:
 	$(GO) run $(STATICCHECK) $(TAGS) ./...
 
 unit:
-	$(GO) test $(TAGS) -race -timeout 5m $(UNIT)
+	@hack/gotest $(TAGS) -race -timeout 10m $(UNIT)
 
 # Containers share the machine's two cgroup hierarchies and its pids: one test
 # at a time, and no cached result, because the host is part of what is tested.
 integration:
-	$(GO) test $(TAGS) -count=1 -timeout 12m ./integration/...
+	@hack/gotest $(TAGS) -count=1 -timeout 25m ./integration/...
 
 test: setup
 	@hack/test
