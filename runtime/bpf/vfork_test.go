@@ -21,6 +21,7 @@ int main(void)
 	sigaltstack(&ss, 0);
 	signal(SIGUSR1, handler);
 	signal(SIGUSR2, SIG_IGN);
+	signal(SIGHUP, SIG_DFL); /* who runs the test may ignore it, and that is inherited */
 	prctl(PR_SET_PDEATHSIG, SIGHUP);
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	if (!vfork())
