@@ -455,9 +455,25 @@ func TestRegular(t *testing.T) {
 	refusal(t, outside.Describe(), "outside the container")
 }
 
+// sleeps waits until sleep(1) does so. Before, it opens and closes its libraries, and a
+// descriptor that closes while its table is read is told as a task that is gone.
+func sleeps(t *testing.T, pid int) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		call, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid))
+		must(t, err)
+		if strings.HasPrefix(string(call), fmt.Sprintf("%d ", unix.SYS_CLOCK_NANOSLEEP)) {
+			return
+		}
+	}
+	t.Fatalf("task %d never slept", pid)
+}
+
 func TestTableOfChild(t *testing.T) {
 	c := exec.Command("sleep", "1000")
 	must(t, c.Start())
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	sleeps(t, c.Process.Pid)
 	s := world(t)
 	table, err := s.AddTable(&Process{Pid: c.Process.Pid, Inner: 2})
 	must(t, err)
