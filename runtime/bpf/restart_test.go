@@ -1,8 +1,11 @@
 package bpf
 
 import (
+	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,7 +21,7 @@ func TestRestartBlocks(t *testing.T) {
 	defer q.Close()
 	const length = 1000 * time.Second
 	started := monotonic()
-	pid := asleep(t, "sleep", "1000")
+	pid := asleep(t, unix.SYS_CLOCK_NANOSLEEP, "sleep", "1000")
 	if blocks, err := q.RestartBlocks(); err != nil || len(blocks) != 0 {
 		t.Errorf("nobody is traced: %v, %v", blocks, err)
 	}
@@ -52,16 +55,25 @@ func monotonic() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// asleep starts a program and waits until it sleeps.
-func asleep(t *testing.T, args ...string) int {
+// asleep starts a program and waits until it sleeps in a system call.
+func asleep(t *testing.T, call int, args ...string) int {
 	t.Helper()
 	c := exec.Command(args[0], args[1:]...)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	time.Sleep(100 * time.Millisecond)
-	return c.Process.Pid
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", c.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasPrefix(string(b), fmt.Sprintf("%d ", call)) {
+			return c.Process.Pid
+		}
+	}
+	t.Fatalf("%v never slept in system call %d", args, call)
+	return 0
 }
 
 func BenchmarkLoad(b *testing.B) {

@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // vforker waits in vfork with known things set.
@@ -39,7 +41,7 @@ func TestVforkParents(t *testing.T) {
 	if out, err := exec.Command("gcc", "-static", "-o", program, source).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	pid := asleep(t, program)
+	pid := asleep(t, unix.SYS_VFORK, program)
 	if parents, err := VforkParents(nil); err != nil || len(parents) != 0 {
 		t.Errorf("nobody is asked about: %v, %v", parents, err)
 	}
@@ -57,9 +59,9 @@ func TestVforkParents(t *testing.T) {
 	}
 	defer child.Kill()
 	action := func(sig int) uint64 { return binary.LittleEndian.Uint64(p.Actions[32*(sig-1):]) }
-	const origRax, sysVfork = 15 * 8, 58
+	const origRax = 15 * 8
 	switch {
-	case binary.LittleEndian.Uint64(p.Regs[origRax:]) != sysVfork:
+	case binary.LittleEndian.Uint64(p.Regs[origRax:]) != unix.SYS_VFORK:
 		t.Errorf("registers %x", p.Regs)
 	case p.FSBase == 0 || p.StackSize != 65536 || p.DeathSig != 1 || !p.Subreaper || p.Timers:
 		t.Errorf("%+v", p)
