@@ -380,6 +380,11 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err := n.noteUndo(k.learned); err != nil {
 		return err
 	}
+	for _, p := range n.procs {
+		if err := n.checkThreads(p); err != nil {
+			return fail.In(p.name(), err)
+		}
+	}
 	k.head.noteState(n)
 	k.warnOfGuests()
 	return n.findDonors(steps)

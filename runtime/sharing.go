@@ -236,6 +236,29 @@ func (n *census) checkSharing() error {
 	return nil
 }
 
+// checkThreads refuses a process whose threads could not be made again with the
+// tables that they have. References are given out only as the tables are
+// written; until then any numbers do that tell tables apart.
+func (n *census) checkThreads(p *process) error {
+	t := *p.state.Task
+	t.Threads = slices.Clone(t.Threads)
+	numbers := map[any]image.Ref{(*file.Table)(nil): 0, (*object.Object)(nil): 0}
+	number := func(table any) image.Ref {
+		if _, ok := numbers[table]; !ok {
+			numbers[table] = image.Ref(len(numbers))
+		}
+		return numbers[table]
+	}
+	for i, tid := range p.tids {
+		th := &t.Threads[i]
+		th.Files, th.FS, th.SemUndo = number(p.tables[i]), number(p.places[i]), n.undoList(p, tid)
+	}
+	first := &t.Threads[0] // has the process's own
+	t.Files, t.FS, first.Files, first.FS = first.Files, first.FS, 0, 0
+	_, err := planThreads(&t)
+	return err
+}
+
 // noteTables completes the records of a process and its threads with the tables
 // that they have.
 func (n *census) noteTables(p *process) {
