@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -59,15 +60,26 @@ func load(name, over string, whom, body func(k *kernel) (asm.Instructions, error
 	if err != nil {
 		return nil, err
 	}
-	end := asm.Instructions{asm.Mov.Imm(asm.R0, 0).WithSymbol(endOfProgram), asm.Return()}
-	q := &Question{}
-	q.program, err = ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: over, License: "Dual MIT/GPL",
-		Instructions: append(append(begin, ask...), end...),
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: over, License: license,
+		Instructions: slices.Concat(begin, ask, end()),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("load a program that reads tasks: %w", err)
 	}
+	return attach(program)
+}
+
+const license = "Dual MIT/GPL"
+
+func end() asm.Instructions {
+	return asm.Instructions{asm.Mov.Imm(asm.R0, 0).WithSymbol(endOfProgram), asm.Return()}
+}
+
+// attach attaches a program, or frees it.
+func attach(program *ebpf.Program) (*Question, error) {
+	q := &Question{program: program}
+	var err error
 	if q.iter, err = link.AttachIter(link.IterOptions{Program: q.program}); err != nil {
 		return nil, errors.Join(fmt.Errorf("attach a program to the tasks: %w", err), q.program.Close())
 	}

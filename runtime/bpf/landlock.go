@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,27 +31,53 @@ const words = 11
 type Landlock struct {
 	*Question
 	place *ebpf.Map // where the domain is; all ones before that is known
+	facts landlockFacts
 }
 
-// NewLandlock prepares the question. No file and no system call tells: the
-// domain is a pointer in the part of a thread's credentials that security
-// modules share, at a place that depends on which of them the kernel has. So a
-// thread of our own enters a domain first, to see which word that changes. One
-// program does both, as loading is what takes time.
+// NewLandlock prepares the question, as it was found out before since the host
+// booted, or anew.
 func NewLandlock() (*Landlock, error) {
+	if off {
+		return nil, ErrOff
+	}
+	l, err := remembered()
+	if err == nil {
+		return l, nil
+	}
+	if l, err = learnLandlock(); err == nil {
+		_ = l.facts.save() // or the next finds it out again
+	}
+	return l, err
+}
+
+// unplaced makes a question that does not know its place.
+func unplaced() (*Landlock, error) {
 	place, err := ebpf.NewMap(&ebpf.MapSpec{Name: "place", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 	if err != nil {
 		return nil, fmt.Errorf("make a map: %w", err)
 	}
-	l := &Landlock{place: place}
-	if err := l.put(^uint64(0)); err != nil {
-		return nil, errors.Join(err, place.Close())
+	return &Landlock{place: place}, nil
+}
+
+// learnLandlock finds everything out. No file and no system call tells: the
+// domain is a pointer in the part of a thread's credentials that security
+// modules share, at a place that depends on which of them the kernel has. So a
+// thread of our own enters a domain first, to see which word that changes. One
+// program does both, as loading is what takes time.
+func learnLandlock() (*Landlock, error) {
+	l, err := unplaced()
+	if err != nil {
+		return nil, err
 	}
-	if l.Question, err = load("landlock", "task", (*kernel).everyone, l.body); err != nil {
-		return nil, errors.Join(err, place.Close())
+	if err := l.put(^uint64(0)); err != nil {
+		return nil, errors.Join(err, l.place.Close())
+	}
+	if l.Question, err = load("landlock", "task", (*kernel).everyone, l.look); err != nil {
+		return nil, errors.Join(err, l.place.Close())
 	}
 	at, err := l.find()
 	if err == nil {
+		l.facts.Place = at
 		err = l.put(at)
 	}
 	if err != nil {
@@ -102,22 +129,37 @@ func (l *Landlock) find() (at uint64, err error) {
 	return 0, errors.New("the place of Landlock domains cannot be told")
 }
 
-// body prints the words of our own threads while the place is not known, and
-// then the threads that have one there.
-func (l *Landlock) body(k *kernel) (asm.Instructions, error) {
-	const (
-		data = -8 * (words + 1)
-		key  = data - 8
-	)
-	var at [4]int32
-	for i, f := range [][2]string{{"task_struct", "pid"}, {"task_struct", "tgid"}, {"task_struct", "cred"}, {"cred", "security"}} {
+// look finds the places of what body reads.
+func (l *Landlock) look(k *kernel) (asm.Instructions, error) {
+	for at, f := range map[*int32][2]string{
+		&l.facts.Pid: {"task_struct", "pid"}, &l.facts.Tgid: {"task_struct", "tgid"},
+		&l.facts.Cred: {"task_struct", "cred"}, &l.facts.Security: {"cred", "security"},
+	} {
 		off, err := k.offset(f[0], f[1])
 		if err != nil {
 			return nil, err
 		}
-		at[i] = off
+		*at = off
 	}
-	pid, tgid, cred, security := at[0], at[1], at[2], at[3]
+	var iter *btf.Func
+	err := k.spec.TypeByName("bpf_iter_task", &iter)
+	if err == nil {
+		l.facts.Iter, err = k.spec.TypeID(iter)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("iterator of this kernel: %w", err)
+	}
+	return l.body(), nil
+}
+
+// body prints the words of our own threads while the place is not known, and
+// then the threads that have one there.
+func (l *Landlock) body() asm.Instructions {
+	const (
+		data = -8 * (words + 1)
+		key  = data - 8
+	)
+	pid, tgid, cred, security := l.facts.Pid, l.facts.Tgid, l.facts.Cred, l.facts.Security
 	ins := asm.Instructions{
 		asm.Mov.Imm(asm.R1, 0), asm.StoreMem(asm.RFP, key, asm.R1, asm.DWord),
 		asm.LoadMapPtr(asm.R1, l.place.FD()),
@@ -151,7 +193,7 @@ func (l *Landlock) body(k *kernel) (asm.Instructions, error) {
 		asm.FnGetCurrentPidTgid.Call(), // our pid as BPF knows it, not as our pid namespace does
 		asm.RSh.Imm(asm.R0, 32),
 		asm.JNE.Reg(asm.R0, asm.R8, endOfProgram))
-	return append(ins, print("%d"+strings.Repeat(" %llx", words)+"\n", data, words+1)...), nil
+	return append(ins, print("%d"+strings.Repeat(" %llx", words)+"\n", data, words+1)...)
 }
 
 // whileConfined calls f while a thread, which ends afterwards, is in a domain
