@@ -54,6 +54,8 @@ func (b *builder) checkFile(f *File) error {
 		return errors.New("its size or position is negative")
 	case f.Stdio < 0 || f.Stdio > 2:
 		return fmt.Errorf("standard stream %d does not exist", f.Stdio)
+	case f.Inside != 0 && !b.isMountNamespace(f.Inside):
+		return fmt.Errorf("reference %d names no mount namespace of a task", f.Inside)
 	case f.Kind == KindProc && f.Pid < 0:
 		return fmt.Errorf("pid %d is negative", f.Pid)
 	}
@@ -94,6 +96,11 @@ func (b *builder) checkRemoved(f *File) error {
 		return nil
 	}
 	return fmt.Errorf("an open file of kind %s with a file of mode %#o", f.Kind, inode.Mode)
+}
+
+func (b *builder) isMountNamespace(ref Ref) bool {
+	n := b.Nested(ref)
+	return n != nil && n.Type == "mnt"
 }
 
 // onlyPart checks that a file carries the part its kind needs and no other.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Bounds on namespaces that tasks have made.
@@ -74,7 +75,7 @@ func (n *nesting) add(ns *NestedNamespace) error {
 		return errors.New("only a pid namespace has a parent and dies with its init")
 	case (ns.User != nil) != (ns.Type == "user"), (ns.UTS != nil) != (ns.Type == "uts"), (ns.Time != nil) != (ns.Type == "time"):
 		return errors.New("what is in it is not what its type has")
-	case ns.Mounts != nil && ns.Type != "mnt", ns.Links != nil && ns.Type != "net":
+	case ns.Changes != nil && ns.Type != "mnt", ns.Links != nil && ns.Type != "net":
 		return errors.New("what is in it is not what its type has")
 	case len(ns.Links) > maxNestedNet:
 		return fmt.Errorf("it has %d network devices", len(ns.Links))
@@ -90,8 +91,34 @@ func (n *nesting) add(ns *NestedNamespace) error {
 			return fmt.Errorf("it is %d deep", n.depth[ns.Ref])
 		}
 	}
+	for i := range ns.Changes {
+		if err := n.change(&ns.Changes[i]); err != nil {
+			return err
+		}
+	}
 	return checkUserNamespace(ns.User)
 }
+
+// change checks one change of mounts. Flags are left to the kernel, which knows
+// nothing but what mount(2) lets anybody ask for.
+func (n *nesting) change(c *MountChange) error {
+	switch {
+	case !slices.Contains([]string{MountPropagation, MountRemount, MountBind, MountTmpfs, MountProc}, c.Op):
+		return fmt.Errorf("a change of mounts of kind %s", quote(c.Op))
+	case !strings.HasPrefix(c.Point, "/") || (c.Op == MountBind) != strings.HasPrefix(c.From, "/"):
+		return fmt.Errorf("a %s mount with the paths %s and %s", c.Op, quote(c.Point), quote(c.From))
+	case c.Space != 0 && (c.Op != MountProc || n.types[c.Space] != "pid" || !n.nested(c.Space)):
+		return fmt.Errorf("a %s mount of pid namespace %d", c.Op, c.Space)
+	case c.Flags&^mountFlags != 0:
+		return fmt.Errorf("a %s mount with flags %#x", c.Op, c.Flags)
+	}
+	return nil
+}
+
+// mountFlags are those that a change may have: MS_RDONLY, NOSUID, NODEV and
+// NOEXEC; NOSYMFOLLOW, NOATIME, NODIRATIME, REC; UNBINDABLE, PRIVATE, SLAVE and
+// SHARED; RELATIME and STRICTATIME.
+const mountFlags = 0xf | 0x100 | 0x400 | 0x800 | 0x4000 | 0x1e0000 | 0x200000 | 0x1000000
 
 func checkUserNamespace(u *UserNamespace) error {
 	if u == nil {

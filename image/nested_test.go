@@ -22,6 +22,9 @@ func nestedSample() (Container, Tree) {
 			{Ref: 4, Type: "uts", Inode: 4, Owner: 3, UTS: &UTSNamespace{Hostname: "inner\x1b[2J"}},
 			{Ref: 5, Type: "pid", Inode: 5, Owner: 3, Parent: 2},
 			{Ref: 6, Type: "pid", Owner: 3, Parent: 5},
+			{Ref: 7, Type: "mnt", Owner: 3, Changes: []MountChange{
+				{Op: MountPropagation, Point: "/", Flags: 0x44000}, {Op: MountBind, Point: "/b", From: "/a"}, {Op: MountProc, Point: "/proc", Space: 5},
+			}},
 		},
 	}
 	t.Processes[1].Namespaces, t.Processes[1].Children = []Ref{3, 4}, []Ref{5}
@@ -82,9 +85,16 @@ func TestBadNesting(t *testing.T) {
 		"not positive or used twice":         func(tree *Tree) { tree.Processes[2].Inner.Threads[0][0] = 0 },
 		"has processes and no init":          func(tree *Tree) { tree.Processes[2].Inner.Threads[0][0] = 2 },
 		"namespaces are more than":           func(tree *Tree) { tree.Namespaces = make([]NestedNamespace, maxNested+1) },
+		"mounts of kind":                     func(tree *Tree) { tree.Namespaces[4].Changes[0].Op = "overlay" },
+		"mount with the paths \"b\"":         func(tree *Tree) { tree.Namespaces[4].Changes[1].Point = "b" },
+		"mount with the paths":               func(tree *Tree) { tree.Namespaces[4].Changes[0].From = "/x" },
+		"with flags 0x8000000":               func(tree *Tree) { tree.Namespaces[4].Changes[0].Flags = 0x8000000 },
+		"mount of pid namespace 2":           func(tree *Tree) { tree.Namespaces[4].Changes[2].Space = 2 },
+		"mount of pid namespace 5":           func(tree *Tree) { tree.Namespaces[4].Changes[1].Space = 5 },
 		"it is 33 deep": func(tree *Tree) {
+			tree.Namespaces[4] = NestedNamespace{Ref: 7, Type: "pid", Owner: 3, Parent: 6}
 			for i := range 33 {
-				tree.Namespaces = append(tree.Namespaces, NestedNamespace{Ref: Ref(7 + i), Type: "pid", Owner: 3, Parent: Ref(6 + i)})
+				tree.Namespaces = append(tree.Namespaces, NestedNamespace{Ref: Ref(8 + i), Type: "pid", Owner: 3, Parent: Ref(7 + i)})
 			}
 		},
 	} {

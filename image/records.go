@@ -169,17 +169,37 @@ type Tree struct {
 // NestedNamespace is a namespace that a task of the container has made. Exactly
 // the part its type needs is set.
 type NestedNamespace struct {
-	Ref    Ref            `cbor:"1,keyasint"`
-	Type   string         `cbor:"2,keyasint"`
-	Inode  uint64         `cbor:"3,keyasint"`
-	Owner  Ref            `cbor:"4,keyasint"`           // the user namespace that owns it, the parent of a user namespace
-	Parent Ref            `cbor:"5,keyasint,omitempty"` // of a pid namespace
-	User   *UserNamespace `cbor:"6,keyasint,omitempty"`
-	UTS    *UTSNamespace  `cbor:"7,keyasint,omitempty"`
-	Time   *TimeNamespace `cbor:"8,keyasint,omitempty"`
-	Mounts []Mount        `cbor:"9,keyasint,omitempty"`  // of a mount namespace, all of them
-	Links  []Link         `cbor:"10,keyasint,omitempty"` // of a network namespace
-	Dead   bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
+	Ref     Ref            `cbor:"1,keyasint"`
+	Type    string         `cbor:"2,keyasint"`
+	Inode   uint64         `cbor:"3,keyasint"`
+	Owner   Ref            `cbor:"4,keyasint"`           // the user namespace that owns it, the parent of a user namespace
+	Parent  Ref            `cbor:"5,keyasint,omitempty"` // of a pid namespace
+	User    *UserNamespace `cbor:"6,keyasint,omitempty"`
+	UTS     *UTSNamespace  `cbor:"7,keyasint,omitempty"`
+	Time    *TimeNamespace `cbor:"8,keyasint,omitempty"`
+	Changes []MountChange  `cbor:"9,keyasint,omitempty"`  // of a mount namespace, to a copy of the container's
+	Links   []Link         `cbor:"10,keyasint,omitempty"` // of a network namespace
+	Dead    bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
+}
+
+// What a MountChange does.
+const (
+	MountPropagation = "propagation"
+	MountRemount     = "remount"
+	MountBind        = "bind"
+	MountTmpfs       = "tmpfs"
+	MountProc        = "proc"
+)
+
+// MountChange is one call of mount(2) by which a task's mount namespace came to
+// differ from the container's.
+type MountChange struct {
+	Op    string `cbor:"1,keyasint"`
+	Point string `cbor:"2,keyasint"`
+	From  string `cbor:"3,keyasint,omitempty"` // of a bind mount
+	Flags uint64 `cbor:"4,keyasint,omitempty"` // MS_*
+	Data  string `cbor:"5,keyasint,omitempty"`
+	Space Ref    `cbor:"6,keyasint,omitempty"` // the pid namespace that a proc shows, 0 for the container's
 }
 
 // UserNamespace is what is set on a user namespace. Host ids of its maps are
@@ -505,6 +525,7 @@ type File struct {
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
 	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it
+	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).

@@ -31,8 +31,17 @@ var nested = []struct {
 	{name: "user of root", script: "(uph(())){UPNl()}", options: []option{withCapabilities("CAP_SETFCAP")}},
 	{name: "time", script: "(t(()))(h(t()))"},
 	{name: "user time", script: "(ut(h(t())))", options: nobody},
+	{name: "mnt", script: "(m(d))(mf)(mb(mf))", options: []option{withCapabilities("CAP_DAC_OVERRIDE")}},
+	{name: "mnt pid", script: "({PMr(d)})(pm(r()))", options: nil},
+	{name: "user mnt pid", script: "(upm(r(())))({UPMrfb()})", options: append([]option{unmasked}, nobody...)},
 	{name: "threads", script: "(up(k(kk)))(uk(k)){UP(k)kk}", options: nobody},
 	{name: "joined", script: "({PHINC}j())"},
+}
+
+// unmasked leaves /proc as it is: the kernel lets nobody mount another in a user
+// namespace who does not see all of one.
+func unmasked(_ *container, spec *specs.Spec) {
+	spec.Linux.MaskedPaths, spec.Linux.ReadonlyPaths = nil, nil
 }
 
 // nobody is a user with no rights at all, who may make user namespaces.

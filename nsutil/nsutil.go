@@ -39,7 +39,7 @@ func One(pid int, kind string) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return parse(link)
+	return Parse(link)
 }
 
 // Path is the link to a process's namespace.
@@ -47,8 +47,8 @@ func Path(pid int, kind string) string {
 	return "/proc/" + strconv.Itoa(pid) + "/ns/" + kind
 }
 
-// parse reads "mnt:[4026531841]".
-func parse(link string) (uint64, error) {
+// Parse reads "mnt:[4026531841]".
+func Parse(link string) (uint64, error) {
 	_, rest, ok := strings.Cut(link, ":[")
 	if !ok {
 		return 0, fmt.Errorf("strange namespace link %q", link)
@@ -135,7 +135,7 @@ func ForChildren(pid int) (forPids, forTime uint64, err error) {
 		if err != nil {
 			return 0, 0, err
 		}
-		if *to, err = parse(link); err != nil {
+		if *to, err = Parse(link); err != nil {
 			return 0, 0, err
 		}
 	}

@@ -38,11 +38,11 @@ func inNew(t *testing.T, flags uintptr, argv ...string) (pid int) {
 }
 
 func TestParse(t *testing.T) {
-	if got, err := parse("mnt:[4026531841]"); got != 4026531841 || err != nil {
+	if got, err := Parse("mnt:[4026531841]"); got != 4026531841 || err != nil {
 		t.Errorf("%d, %v", got, err)
 	}
 	for _, bad := range []string{"", "mnt:", "mnt:[x]", "mnt:[]", "[1]"} {
-		if got, err := parse(bad); err == nil {
+		if got, err := Parse(bad); err == nil {
 			t.Errorf("%q is %d", bad, got)
 		}
 	}
@@ -80,13 +80,13 @@ func TestInside(t *testing.T) {
 	}))
 	theirs, err := Of(pid)
 	must(t, err)
-	if inode, err := parse(link); err != nil || inode != theirs["net"] || len(inside) == 0 || inside[0].Flags&net.FlagUp != 0 {
+	if inode, err := Parse(link); err != nil || inode != theirs["net"] || len(inside) == 0 || inside[0].Flags&net.FlagUp != 0 {
 		t.Errorf("inside %s there is %v, %v", link, inside, err)
 	}
 	for range 20 {
 		link, err := os.Readlink("/proc/thread-self/ns/net")
 		must(t, err)
-		if inode, _ := parse(link); inode != before["net"] {
+		if inode, _ := Parse(link); inode != before["net"] {
 			t.Fatalf("a thread stayed in %s", link)
 		}
 	}

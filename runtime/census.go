@@ -70,6 +70,9 @@ func (n *census) Close() {
 	for _, f := range n.open {
 		_ = f.Close()
 	}
+	if n.nested != nil {
+		n.nested.Close()
+	}
 }
 
 // named finds a file of the container's memory file systems.
@@ -121,6 +124,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
 	})
+	n.files.Views, n.files.Place = n.nested.Views, n.viewOf
 	for _, pid := range pids {
 		p, err := c.visit(pid)
 		if err == nil && p != nil {
@@ -496,4 +500,17 @@ func sortTree(all []image.Process) (image.Tree, error) {
 		return t, fmt.Errorf("the task hierarchy has %d processes of which %d hang together", len(all), len(t.Processes))
 	}
 	return t, nil
+}
+
+// viewOf is the mount namespace that a task is in, nil for the container's own.
+func (n *census) viewOf(tid int) *namespace.View {
+	if len(n.nested.Views()) == 0 {
+		return nil
+	}
+	for _, p := range n.procs {
+		if slices.Contains(p.tids, tid) {
+			return p.place.View()
+		}
+	}
+	return nil
 }

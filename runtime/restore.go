@@ -313,6 +313,12 @@ func (r *restore) grow(ctx context.Context) error {
 		}
 		steps = steps[n:]
 	}
+	if err := r.nested.Mounts(r.stubs); err != nil {
+		return err
+	}
+	if err := r.maker.OpenInside(r.stubs); err != nil {
+		return err
+	}
 	for _, pid := range brought {
 		r.made.guests = append(r.made.guests, r.stubs[pid].Pid)
 	}

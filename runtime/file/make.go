@@ -156,7 +156,7 @@ func (m *Maker) Make() error {
 	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
-		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 {
+		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 && f.Inside == 0 {
 			files = append(files, ref)
 		}
 	}
@@ -814,6 +814,90 @@ func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int
 	}
 	_, err = s.Run(&finish)
 	return fd, err
+}
+
+// OpenInside opens what is to be opened in mount namespaces that tasks have made,
+// each by a stub in it, and keeps it for those who hold it. Files of processes in
+// the container's /proc are opened here too: there may be another /proc where
+// they are held.
+func (m *Maker) OpenInside(stubs map[int]*tracee.Stub) error {
+	if !slices.ContainsFunc(m.head.Tree.Namespaces, func(n image.NestedNamespace) bool { return n.Type == "mnt" }) {
+		return nil
+	}
+	for _, ref := range Refs(m.head) {
+		f, ok := m.head.Objects[ref].(*image.File)
+		if !ok || f.Inside == 0 && (f.Kind != image.KindProc || f.Pid == 0) {
+			continue
+		}
+		if err := m.openInside(stubs, ref, f); err != nil {
+			return fail.On(f.Kind+" "+f.Path, err)
+		}
+	}
+	return nil
+}
+
+func (m *Maker) openInside(stubs map[int]*tracee.Stub, ref image.Ref, f *image.File) error {
+	by, nested := m.insider(stubs, f)
+	if by == nil {
+		return errors.New("no task is in the mount namespace that it is in")
+	}
+	fd := make([]int, 1)
+	there := *m
+	there.stub, there.fds = by, map[image.Ref]int{}
+	if nested { // who it is there it has become already
+		var b tracee.Batch
+		i, err := kindOf(f.Kind).open(m, &b, f)
+		if err == nil {
+			_, err = by.Run(&b)
+		}
+		if err != nil {
+			return err
+		}
+		fd[0] = int(b.Calls[i].Ret)
+	} else if err := there.open(m.opener(f), []image.Ref{ref}, fd); err != nil {
+		return err
+	}
+	there.fds[ref] = fd[0]
+	if err := there.validate([]image.Ref{ref}); err != nil {
+		return err
+	}
+	var err error
+	if m.late[ref], err = by.Take(fd[0]); err != nil {
+		return err
+	}
+	var b tracee.Batch
+	if k := kindOf(f.Kind); k.finish != nil {
+		k.finish(m, &b, fd[0], f)
+	}
+	b.Add(unix.SYS_CLOSE, tracee.W(fd[0]))
+	_, err = by.Run(&b)
+	return err
+}
+
+// insider is a stub in the mount namespace of a file, the file's opener if that
+// is, and whether it is in a user namespace of a task's making.
+func (m *Maker) insider(stubs map[int]*tracee.Stub, f *image.File) (by *tracee.Stub, nested bool) {
+	for i := range m.head.Tree.Processes {
+		p := &m.head.Tree.Processes[i]
+		s := stubs[int(p.Pid)]
+		if s == nil || p.Zombie || m.mounts(p) != f.Inside {
+			continue
+		}
+		if by == nil || p.Pid == f.Opener {
+			by, nested = s, m.head.UserOf(p.Pid) != nil
+		}
+	}
+	return by, nested
+}
+
+// mounts is the mount namespace of a process, 0 for the container's.
+func (m *Maker) mounts(p *image.Process) image.Ref {
+	for _, ref := range p.Namespaces {
+		if n := m.head.Nested(ref); n != nil && n.Type == "mnt" {
+			return ref
+		}
+	}
+	return 0
 }
 
 // place moves a descriptor to its number.

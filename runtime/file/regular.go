@@ -50,8 +50,12 @@ func seek(_ *Maker, b *tracee.Batch, fd int, f *image.File) {
 
 // name finds the path of a description, or the file that has none.
 func (s *Set) name(d *Description) error {
-	path, gone, err := s.locate(d.seen.link, &d.seen.stat, d.seen.path())
+	v := s.place(d)
+	path, gone, err := s.locate(v, d.seen.link, &d.seen.stat, d.seen.path())
 	d.Record.Path = path
+	if gone == nil {
+		s.inside(d, v)
+	}
 	d.take(gone)
 	return err
 }
@@ -151,7 +155,7 @@ var device = kind{
 		if s.external(d.seen) { // the host's /dev/null is the container's
 			return nil
 		}
-		return s.resolves(d.seen.link, st)
+		return s.inPlace(d)
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		if why := unsupportedDevice(f.Rdev); why != "" {
@@ -177,12 +181,12 @@ var proc = kind{
 			return fail.Refuse("", "it belongs to a task that is gone", "close it before the checkpoint")
 		}
 		if s.fsType(d.seen) == "proc" {
-			d.Record.Pid = pidInPath(d.seen.link, s.Mounts, d.seen.mnt)
+			d.Record.Pid = pidInPath(d.seen.link, s.view(d.seen).Mounts, d.seen.mnt)
 			if d.Record.Pid != 0 && strings.Contains(d.seen.link, "/task/") {
 				return fail.Refuse("", "files of single threads in /proc are not supported yet", "close it before the checkpoint")
 			}
 		}
-		return s.resolves(d.seen.link, &d.seen.stat)
+		return s.inPlace(d)
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		return openPath(b, f.Path, f.Flags), nil

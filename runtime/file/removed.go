@@ -14,6 +14,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -32,11 +33,14 @@ type fileID struct{ dev, ino uint64 }
 
 // locate finds what a task holds under text, as a link in /proc shows it: a
 // path that leads there, or the file itself where its name is gone.
-func (s *Set) locate(text string, st *unix.Stat_t, link string) (string, *removed, error) {
-	err := s.resolves(text, st)
+func (s *Set) locate(v *namespace.View, text string, st *unix.Stat_t, link string) (string, *removed, error) {
+	err := resolves(v.Root, text, st)
 	path, deleted := strings.CutSuffix(text, deletedSuffix)
 	if err == nil || !deleted {
 		return text, nil, err
+	}
+	if err := s.sameDirectory(v, filepath.Dir(path)); err != nil {
+		return "", nil, err
 	}
 	key := fileID{st.Dev, st.Ino}
 	if r := s.removed[key]; r != nil {
@@ -49,6 +53,23 @@ func (s *Set) locate(text string, st *unix.Stat_t, link string) (string, *remove
 	s.removed[key] = r
 	s.gone = append(s.gone, r)
 	return path, r, nil
+}
+
+// sameDirectory refuses a directory of a mount namespace that a task has made
+// where the container has another one, or none: files that have lost their name
+// are made in the container's.
+func (s *Set) sameDirectory(v *namespace.View, dir string) error {
+	if v.Ref == nil {
+		return nil
+	}
+	theirs, err := lstat(v.Root, dir)
+	if err != nil {
+		return nil // gone too
+	}
+	if ours, err := s.lstat(dir); err != nil || ours.Dev != theirs.Dev || ours.Ino != theirs.Ino {
+		return fail.Refuse("", "it was deleted in a mount namespace of a task's own; that is not supported yet", "close it before the checkpoint")
+	}
+	return nil
 }
 
 // remove describes a file that has lost the name path.

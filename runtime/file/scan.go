@@ -20,6 +20,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -141,6 +142,7 @@ type Set struct {
 	terminals []*pty
 	pipes     map[uint64]*pipe
 	order     []*pipe
+	placed    []func() // complete records with the mount namespaces of their paths
 }
 
 // Env is what the room must know of the container.
@@ -160,6 +162,10 @@ type Env struct {
 	// Remade reports whether a device is one of these file systems, which restore
 	// makes anew.
 	Remade func(dev uint64) bool
+	// Views are the mount namespaces that tasks have made, once these are known.
+	Views func() []*namespace.View
+	// Place is the one that a process is in, nil for the container's own.
+	Place func(pid int) *namespace.View
 }
 
 type mappedKey struct {
@@ -316,6 +322,9 @@ func (t *Table) complete() {
 // Objects lists every record of the room in the order in which they can be
 // written: buffers, mapped files, files, epolls behind what they watch, tables.
 func (s *Set) Objects() []*object.Object {
+	for _, place := range s.placed {
+		place()
+	}
 	var out []*object.Object
 	for _, r := range s.gone {
 		out = append(out, &r.Object)
@@ -348,30 +357,72 @@ func (s *Set) Objects() []*object.Object {
 	return out
 }
 
-// external reports a file of a mount that the container does not have.
-func (s *Set) external(one *seen) bool {
-	for i := range s.Mounts {
-		if s.Mounts[i].ID == one.mnt {
-			return false
+// view is the mount namespace that a descriptor's mount is in: the container's,
+// one that tasks have made, or nil.
+func (s *Set) view(one *seen) *namespace.View {
+	has := func(mounts []image.Mount) bool {
+		return slices.ContainsFunc(mounts, func(m image.Mount) bool { return m.ID == one.mnt })
+	}
+	if has(s.Mounts) {
+		return s.own()
+	}
+	if s.Views != nil {
+		for _, v := range s.Views() {
+			if has(v.Mounts) {
+				return v
+			}
 		}
 	}
-	return true
+	return nil
 }
+
+func (s *Set) own() *namespace.View { return &namespace.View{Root: s.Root, Mounts: s.Mounts} }
+
+// external reports a file of a mount that the container does not have.
+func (s *Set) external(one *seen) bool { return s.view(one) == nil }
 
 // fsType is the type of file system that a descriptor's mount has.
 func (s *Set) fsType(one *seen) string {
-	for i := range s.Mounts {
-		if s.Mounts[i].ID == one.mnt {
-			return s.Mounts[i].FSType
+	if v := s.view(one); v != nil {
+		for i := range v.Mounts {
+			if v.Mounts[i].ID == one.mnt {
+				return v.Mounts[i].FSType
+			}
 		}
 	}
 	return ""
 }
 
+// inPlace checks that the path of a description still names its file, and notes
+// the mount namespace in which it does.
+func (s *Set) inPlace(d *Description) error {
+	v := s.place(d)
+	s.inside(d, v)
+	return resolves(v.Root, d.seen.link, &d.seen.stat)
+}
+
+// place is the mount namespace in which a description has its path.
+func (s *Set) place(d *Description) *namespace.View {
+	if v := s.view(d.seen); v != nil {
+		return v
+	}
+	return s.own()
+}
+
+// inside notes that a path is one of a mount namespace, which has a reference
+// only when records are written.
+func (s *Set) inside(d *Description, v *namespace.View) {
+	if v.Ref != nil {
+		s.placed = append(s.placed, func() { d.Record.Inside = *v.Ref })
+	}
+}
+
 // resolves checks that path inside the container still names the file of st:
 // it has not been unlinked, renamed or covered by a mount since it was opened.
-func (s *Set) resolves(path string, st *unix.Stat_t) error {
-	now, err := s.lstat(path)
+func (s *Set) resolves(path string, st *unix.Stat_t) error { return resolves(s.Root, path, st) }
+
+func resolves(root *os.File, path string, st *unix.Stat_t) error {
+	now, err := lstat(root, path)
 	switch {
 	case err == nil && now.Dev == st.Dev && now.Ino == st.Ino:
 		return nil
@@ -385,9 +436,11 @@ func (s *Set) resolves(path string, st *unix.Stat_t) error {
 
 // lstat looks at a path as the container's root sees it, whatever symbolic
 // links lie on the way.
-func (s *Set) lstat(path string) (*unix.Stat_t, error) {
+func (s *Set) lstat(path string) (*unix.Stat_t, error) { return lstat(s.Root, path) }
+
+func lstat(root *os.File, path string) (*unix.Stat_t, error) {
 	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
-	fd, err := unix.Openat2(int(s.Root.Fd()), path, &how)
+	fd, err := unix.Openat2(int(root.Fd()), path, &how)
 	if err != nil {
 		return nil, err
 	}
@@ -406,7 +459,7 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	if o := s.mapped[key]; o != nil {
 		return o, nil
 	}
-	name, gone, err := s.locate(path, &st, link)
+	name, gone, err := s.locate(s.own(), path, &st, link)
 	if err != nil {
 		return nil, err
 	}
@@ -427,6 +480,16 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	s.mapped[key] = o
 	s.maps = append(s.maps, o)
 	return o, nil
+}
+
+// viewOf is the mount namespace that a process is in.
+func (s *Set) viewOf(pid int) *namespace.View {
+	if s.Place != nil {
+		if v := s.Place(pid); v != nil {
+			return v
+		}
+	}
+	return s.own()
 }
 
 // Removed reports whether link leads to a file that was removed from a tmpfs of
@@ -479,7 +542,7 @@ func (s *Set) stands(pid int, name string, path *string) (*removed, error) {
 	if err := unix.Stat(link, &st); err != nil {
 		return nil, gone(pid, err)
 	}
-	at, r, err := s.locate(text, &st, link)
+	at, r, err := s.locate(s.viewOf(pid), text, &st, link)
 	*path = at
 	return r, fail.On(name+" "+text, err)
 }

@@ -8,7 +8,6 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
-	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // clocks is an offset for CLOCK_MONOTONIC and one for CLOCK_BOOTTIME
@@ -23,7 +22,7 @@ var clocks = kind{
 		n.Record.Time = &image.TimeNamespace{Monotonic: mono, Boottime: boot}
 		return err
 	},
-	fill: func(m *Maker, s *tracee.Stub, n *image.NestedNamespace) error {
+	fill: func(m *Maker, s *stub, n *image.NestedNamespace) error {
 		// They can be set until a process is in.
 		var text string
 		for clock, offset := range m.offsets(n) {
@@ -33,7 +32,7 @@ var clocks = kind{
 			}
 			text += fmt.Sprintf("%d %d %d\n", clock, sec, offset-sec*1e9)
 		}
-		return writeFile(s, "/proc/self/timens_offsets", text)
+		return writeFile(s.Stub, "/proc/self/timens_offsets", text)
 	},
 }
 

@@ -6,7 +6,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
-	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // kind is one type of namespace, both directions.
@@ -17,7 +16,7 @@ type kind struct {
 	read func(s *Set, n *Namespace) error
 	// fill puts what is in the record into the namespace that a stub has just
 	// made and is in.
-	fill func(m *Maker, s *tracee.Stub, n *image.NestedNamespace) error
+	fill func(m *Maker, s *stub, n *image.NestedNamespace) error
 }
 
 var kinds = []*kind{&cgroup, &ipc, &mnt, &network, &pids, &clocks, &user, &uts}

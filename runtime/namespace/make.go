@@ -175,7 +175,7 @@ func (m *Maker) Unshare(s *tracee.Stub, step forest.Step, via *tracee.Stub) erro
 	case k.fill == nil:
 		return nil
 	}
-	return m.limited(me, func() error { return k.fill(m, s, n) })
+	return m.limited(me, func() error { return k.fill(m, me, n) })
 }
 
 // adopt ends the making of a user namespace by a ghost. Maps are written by

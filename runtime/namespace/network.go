@@ -31,10 +31,10 @@ var network = kind{
 			return nil
 		})
 	},
-	fill: func(_ *Maker, s *tracee.Stub, n *image.NestedNamespace) error {
+	fill: func(_ *Maker, s *stub, n *image.NestedNamespace) error {
 		for _, l := range n.Links {
 			if l.Up {
-				return raise(s, l.Name)
+				return raise(s.Stub, l.Name)
 			}
 		}
 		return nil

@@ -50,7 +50,16 @@ type Namespace struct {
 	owner  *Namespace // nil: the container's user namespace
 	parent *Namespace // nil: the container's pid namespace
 	member bool       // some task is in it
+	pids   []int      // of a mount namespace: the tasks in it
+	view   *View      // of a mount namespace
+	// mounters are, of a mount namespace, where its tasks are otherwise; procs
+	// the pid namespaces that its changes are about.
+	mounters []mounter
+	procs    []*Namespace
 }
+
+// mounter is the pid and the user namespace of a task, nil for the container's.
+type mounter struct{ space, user *Namespace }
 
 // Place says which namespaces a process is in that are not the container's.
 type Place struct {
@@ -81,6 +90,12 @@ func (s *Set) Add(pid int, name string) (*Place, error) {
 			n := s.meet(inode, kind, nsutil.Path(pid, kind), pid, name)
 			n.member = true
 			p.add(n)
+		}
+	}
+	for _, n := range p.in {
+		if n.Record.Type == "mnt" {
+			n.pids = append(n.pids, pid)
+			n.mounters = append(n.mounters, mounter{p.Space, p.User})
 		}
 	}
 	forPids, forTime, err := nsutil.ForChildren(pid)
@@ -253,8 +268,12 @@ func (s *Set) sort() {
 		visit(n.parent)
 		sorted = append(sorted, n)
 	}
-	for _, n := range s.list {
-		visit(n)
+	for _, last := range []bool{false, true} { // mounts show pid namespaces
+		for _, n := range s.list {
+			if (n.Record.Type == "mnt") == last {
+				visit(n)
+			}
+		}
 	}
 	s.list = sorted
 }
@@ -272,6 +291,17 @@ func (s *Set) Records(newRef func() image.Ref, user, pid image.Ref) []image.Nest
 			n.Record.Parent = pid
 			if n.parent != nil {
 				n.Record.Parent = n.parent.Record.Ref
+			}
+		}
+	}
+	for _, n := range s.list {
+		i := 0
+		for j := range n.Record.Changes {
+			if c := &n.Record.Changes[j]; c.Op == image.MountProc {
+				if c.Space = 0; n.procs[i] != nil {
+					c.Space = n.procs[i].Record.Ref
+				}
+				i++
 			}
 		}
 		out = append(out, n.Record)

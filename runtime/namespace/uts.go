@@ -21,7 +21,7 @@ var uts = kind{
 		}
 		return nil
 	},
-	fill: func(_ *Maker, s *tracee.Stub, n *image.NestedNamespace) error {
+	fill: func(_ *Maker, s *stub, n *image.NestedNamespace) error {
 		var b tracee.Batch
 		b.Add(unix.SYS_SETHOSTNAME, b.String(n.UTS.Hostname), tracee.W(len(n.UTS.Hostname)))
 		b.Add(unix.SYS_SETDOMAINNAME, b.String(n.UTS.Domainname), tracee.W(len(n.UTS.Domainname)))

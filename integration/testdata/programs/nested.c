@@ -57,6 +57,8 @@ static pid_t last_child;
 static int first = 1;	/* this is the first process */
 static int proc;	/* the container's /proc */
 static int ahead;	/* a time namespace was made above */
+static int file = -1, dir = -1;	/* held open by step d */
+static off_t written;
 
 static int at_proc(const char *path)
 {
@@ -255,6 +257,24 @@ static void compare(struct sight *was, struct sight *is)
 	fail("it was %s, it is %s", was->text + at, is->text + at);
 }
 
+/* The file goes on where it was, and is the one that its name says. */
+static void use_files(void)
+{
+	struct stat held, named;
+	char text[8];
+
+	if (file < 0)
+		return;
+	need(lseek(file, 0, SEEK_CUR) == written);
+	written += snprintf(text, sizeof(text), "%d\n", (int)(written % 100));
+	need(write(file, text, strlen(text)) == (ssize_t)strlen(text));
+	need(!fstat(file, &held) && !stat("/etc/held", &named));
+	need(held.st_ino == named.st_ino && held.st_dev == named.st_dev);
+	need(!fstat(dir, &held) && !stat(".", &named));
+	need(held.st_ino == named.st_ino && held.st_dev == named.st_dev);
+	need(!faccessat(dir, "../held", F_OK, 0));
+}
+
 static void hold_for_ever(void)
 {
 	static struct sight was, is;
@@ -274,6 +294,7 @@ static void hold_for_ever(void)
 	for (;;) {
 		note_inodes(me);
 		compare(&was, &is);
+		use_files();
 		held->worker[me].done++;
 		doze(20 * MS);
 	}
@@ -371,8 +392,9 @@ static void loopback_up(void)
 static void open_files(void)
 {
 	need(mkdir("/tmp/held", 0700) == 0 || errno == EEXIST);
-	need(open("/tmp/held", O_RDONLY | O_DIRECTORY | O_CLOEXEC) >= 0);
-	need(open("/etc/held", O_RDWR | O_CREAT | O_CLOEXEC, 0600) >= 0);
+	dir = open("/tmp/held", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	file = open("/etc/held", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	need(dir >= 0 && file >= 0);
 	need(!chdir("/tmp/held"));
 }
 
