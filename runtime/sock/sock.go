@@ -46,28 +46,6 @@ func familyOf(domain int) *family {
 	return nil
 }
 
-// option is a socket option of size bytes that is set the way it is read.
-type option struct{ level, name, size int }
-
-// generic are the options that every family has.
-var generic = []option{
-	{unix.SOL_SOCKET, unix.SO_REUSEADDR, 4},
-	{unix.SOL_SOCKET, unix.SO_REUSEPORT, 4},
-	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 4},
-	{unix.SOL_SOCKET, unix.SO_OOBINLINE, 4},
-	{unix.SOL_SOCKET, unix.SO_BROADCAST, 4},
-	{unix.SOL_SOCKET, unix.SO_LINGER, 8},
-	{unix.SOL_SOCKET, unix.SO_PASSCRED, 4},
-	{unix.SOL_SOCKET, unix.SO_RCVLOWAT, 4},
-	{unix.SOL_SOCKET, unix.SO_MARK, 4},
-	{unix.SOL_SOCKET, unix.SO_TIMESTAMP, 4},
-	{unix.SOL_SOCKET, unix.SO_RCVTIMEO, 16},
-	{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16},
-}
-
-// final are those that others overwrite: IP_TOS sets the priority.
-var final = []option{{unix.SOL_SOCKET, unix.SO_PRIORITY, 4}}
-
 func number(fd, level, name int) (int, error) {
 	v, err := unix.GetsockoptInt(fd, level, name)
 	if err != nil {
@@ -97,9 +75,6 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 	}
 	if err := unconnected(fd); err != nil {
 		return nil, err
-	}
-	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_GET_FILTER); err == nil && n > 0 {
-		return nil, fail.Refuse("", "it has a filter (SO_ATTACH_FILTER), which is not supported yet", "detach it before the checkpoint")
 	}
 	var err error
 	if s.Address, err = boundAddress(fd); err != nil {
@@ -153,64 +128,6 @@ func boundAddress(fd int) ([]byte, error) {
 	return buf[:min(n, uint32(len(buf)))], nil
 }
 
-func readOptions(fd int, fam *family, s *image.Socket) error {
-	for _, list := range [][]option{generic, fam.options, final} {
-		for _, o := range list {
-			value := make([]byte, o.size)
-			n := uint32(o.size)
-			_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(o.level), uintptr(o.name),
-				uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&n)), 0)
-			if errno == unix.ENOPROTOOPT || errno == unix.EOPNOTSUPP {
-				continue
-			}
-			if errno != 0 {
-				return fmt.Errorf("getsockopt %d/%d: %w", o.level, o.name, errno)
-			}
-			if !defaults(o, value[:n]) {
-				s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value[:n]})
-			}
-		}
-	}
-	return readBuffers(fd, s)
-}
-
-// defaults reports an option that a new socket has as well. Zero is the default
-// of all that can be zero, but for IPV6_V6ONLY, for which a sysctl decides; and
-// setting some of them takes a capability even to the value they have.
-func defaults(o option, value []byte) bool {
-	for _, b := range value {
-		if b != 0 {
-			return false
-		}
-	}
-	return o.level != unix.SOL_IPV6 || o.name != unix.IPV6_V6ONLY
-}
-
-const soBufLock = 72 // SO_BUF_LOCK, Linux 5.15
-
-// readBuffers records buffer sizes that the program has set itself; the others
-// follow the system's rules wherever the container runs. The kernel doubles
-// what it is given.
-func readBuffers(fd int, s *image.Socket) error {
-	locked, err := number(fd, unix.SOL_SOCKET, soBufLock)
-	if err != nil {
-		return nil // before 5.15: as the system sizes them
-	}
-	for bit, name := range map[int]int{1: unix.SO_SNDBUF, 2: unix.SO_RCVBUF} {
-		if locked&bit == 0 {
-			continue
-		}
-		size, err := number(fd, unix.SOL_SOCKET, name)
-		if err != nil {
-			return err
-		}
-		value := make([]byte, 4)
-		put32(value, uint32(size/2))
-		s.Options = append(s.Options, image.SocketOpt{Level: unix.SOL_SOCKET, Name: int32(name), Value: value})
-	}
-	return nil
-}
-
 func put32(b []byte, v uint32) { *(*uint32)(unsafe.Pointer(&b[0])) = v }
 
 // Open adds the call that makes the socket.
@@ -228,11 +145,8 @@ func allowed(s *image.Socket) error {
 	if fam == nil || !slices.Contains(fam.types, [2]int32{s.Type, s.Protocol}) {
 		return fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported", s.Family, s.Type, s.Protocol), "restore with a newer ocickpt")
 	}
-	known := append(slices.Concat(generic, fam.options, final), option{unix.SOL_SOCKET, unix.SO_SNDBUF, 4}, option{unix.SOL_SOCKET, unix.SO_RCVBUF, 4})
-	for _, o := range s.Options {
-		if !slices.Contains(known, option{int(o.Level), int(o.Name), len(o.Value)}) {
-			return fail.Refuse("", fmt.Sprintf("socket option %d/%d of %d bytes is not supported", o.Level, o.Name, len(o.Value)), "restore with a newer ocickpt")
-		}
+	if err := allowedOptions(fam, s); err != nil {
+		return err
 	}
 	if s.Path != "" && (len(s.Address) < 3 || s.Path != unix.ByteSliceToString(s.Address[2:])) {
 		return fmt.Errorf("unix socket bound to %q with a file at %q", s.Address, s.Path)
@@ -243,9 +157,8 @@ func allowed(s *image.Socket) error {
 // Finish adds the calls that give it its options, address and backlog.
 func Finish(b *tracee.Batch, fd int, s *image.Socket) {
 	fam := familyOf(int(s.Family))
-	for _, o := range s.Options {
-		setOption(b, fd, int(o.Level), int(o.Name), o.Value)
-	}
+	setOptions(b, fd, s, false)
+	setOptions(b, fd, s, true)
 	if fam.prepare != nil {
 		fam.prepare(b, fd, s)
 	}
@@ -257,17 +170,6 @@ func Finish(b *tracee.Batch, fd int, s *image.Socket) {
 	}
 	if fam.settle != nil {
 		fam.settle(b, fd, s)
-	}
-}
-
-// forced are the options without the system's limit on a buffer's size, which
-// take CAP_NET_ADMIN: a program that had it may have used them.
-var forced = map[int]int{unix.SO_SNDBUF: unix.SO_SNDBUFFORCE, unix.SO_RCVBUF: unix.SO_RCVBUFFORCE}
-
-func setOption(b *tracee.Batch, fd, level, name int, value []byte) {
-	b.Add(unix.SYS_SETSOCKOPT, tracee.W(fd), tracee.W(level), tracee.W(name), b.Put(value), tracee.W(len(value)))
-	if f, ok := forced[name]; ok && level == unix.SOL_SOCKET {
-		b.Try(unix.SYS_SETSOCKOPT, tracee.W(fd), tracee.W(level), tracee.W(f), b.Put(value), tracee.W(len(value)))
 	}
 }
 

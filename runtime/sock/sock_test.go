@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
@@ -176,6 +178,18 @@ var (
 	anyFamily = map[[2]int]int{
 		{unix.SOL_SOCKET, unix.SO_SNDBUF}: 30_000, {unix.SOL_SOCKET, unix.SO_RCVBUF}: 40_000,
 		{unix.SOL_SOCKET, unix.SO_PRIORITY}: 3, {unix.SOL_SOCKET, unix.SO_MARK}: 77, {unix.SOL_SOCKET, unix.SO_TIMESTAMP}: 1,
+		{unix.SOL_SOCKET, unix.SO_DEBUG}: 1, {unix.SOL_SOCKET, unix.SO_DONTROUTE}: 1, {unix.SOL_SOCKET, unix.SO_RCVLOWAT}: 5,
+		{unix.SOL_SOCKET, soRcvMark}: 1, {unix.SOL_SOCKET, unix.SO_RXQ_OVFL}: 1, {unix.SOL_SOCKET, unix.SO_SELECT_ERR_QUEUE}: 1,
+		{unix.SOL_SOCKET, unix.SO_BUSY_POLL}: 50, {unix.SOL_SOCKET, unix.SO_PREFER_BUSY_POLL}: 1, {unix.SOL_SOCKET, unix.SO_BUSY_POLL_BUDGET}: 16,
+		{unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE}: 1 << 20, {unix.SOL_SOCKET, unix.SO_OOBINLINE}: 1, {unix.SOL_SOCKET, unix.SO_TIMESTAMPING}: unix.SOF_TIMESTAMPING_RX_SOFTWARE,
+	}
+	newer = map[[2]int]int{
+		{unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW}: 1, {unix.SOL_SOCKET, unix.SO_TIMESTAMPING_NEW}: unix.SOF_TIMESTAMPING_RX_SOFTWARE,
+		{unix.SOL_SOCKET, unix.SO_ZEROCOPY}: 1, {unix.SOL_SOCKET, unix.SO_NO_CHECK}: 1,
+	}
+	localOnly = map[[2]int]int{
+		{unix.SOL_SOCKET, unix.SO_PASSCRED}: 1, {unix.SOL_SOCKET, unix.SO_PASSSEC}: 1, {unix.SOL_SOCKET, soPassPidfd}: 1,
+		{unix.SOL_SOCKET, unix.SO_PEEK_OFF}: 3,
 	}
 	tcp = map[[2]int]int{
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR}: 1, {unix.SOL_SOCKET, unix.SO_REUSEPORT}: 1, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}: 1,
@@ -201,11 +215,11 @@ func TestRoundTrip(t *testing.T) {
 		"tcp bound":        {unix.AF_INET, unix.SOCK_STREAM, nil, &loopback, 0},
 		"tcp6 listener":    {unix.AF_INET6, unix.SOCK_STREAM, []map[[2]int]int{anyFamily, tcp, ip6}, &unix.SockaddrInet6{}, 1},
 		"udp":              {unix.AF_INET, unix.SOCK_DGRAM, []map[[2]int]int{anyFamily, ip}, &loopback, 0},
-		"udp6":             {unix.AF_INET6, unix.SOCK_DGRAM, []map[[2]int]int{ip6}, &unix.SockaddrInet6{}, 0},
+		"udp6":             {unix.AF_INET6, unix.SOCK_DGRAM, []map[[2]int]int{ip6, newer}, &unix.SockaddrInet6{}, 0},
 		"foreign address":  {unix.AF_INET, unix.SOCK_DGRAM, []map[[2]int]int{ip}, &unix.SockaddrInet4{Addr: [4]byte{203, 0, 113, 9}, Port: 12345}, 0},
 		"unix listener":    {unix.AF_UNIX, unix.SOCK_STREAM, []map[[2]int]int{anyFamily}, &unix.SockaddrUnix{Name: filepath.Join(dir, "l")}, 3},
 		"unix abstract":    {unix.AF_UNIX, unix.SOCK_SEQPACKET, nil, &unix.SockaddrUnix{Name: "@ocickpt\xff " + filepath.Base(dir)}, 3},
-		"unix datagrams":   {unix.AF_UNIX, unix.SOCK_DGRAM, []map[[2]int]int{{{unix.SOL_SOCKET, unix.SO_PASSCRED}: 1}}, &unix.SockaddrUnix{Name: filepath.Join(dir, "d")}, 0},
+		"unix datagrams":   {unix.AF_UNIX, unix.SOCK_DGRAM, []map[[2]int]int{localOnly}, &unix.SockaddrUnix{Name: filepath.Join(dir, "d")}, 0},
 		"unix unconnected": {unix.AF_UNIX, unix.SOCK_STREAM, nil, nil, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -235,6 +249,46 @@ func TestRoundTrip(t *testing.T) {
 				t.Errorf("(-want +got)\n%s", d)
 			}
 		})
+	}
+}
+
+// A filter, a device and the lock on the filter come back; an eBPF program is
+// refused.
+func TestFilter(t *testing.T) {
+	f := open(t, unix.AF_INET, unix.SOCK_DGRAM, 0)
+	filter := []unix.SockFilter{{Code: 0x80}, {Code: 0x35, Jt: 1, K: 100}, {Code: 6, K: 1 << 18}, {Code: 6}}
+	must(t, unix.SetsockoptSockFprog(fd(f), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}))
+	must(t, unix.SetsockoptInt(fd(f), unix.SOL_SOCKET, unix.SO_LOCK_FILTER, 1))
+	must(t, unix.BindToDevice(fd(f), "lo"))
+	want, err := read(f)
+	must(t, err)
+	got, err := read(remake(t, want))
+	must(t, err)
+	if d := cmp.Diff(want, got); d != "" || len(want.Options) != 4 || len(want.Options[1].Value) != len(filter)*filterStep {
+		t.Errorf("%+v (-want +got)\n%s", want.Options, d)
+	}
+	e := open(t, unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SocketFilter, License: "Apache-2.0", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()}})
+	must(t, err)
+	defer program.Close()
+	must(t, unix.SetsockoptInt(fd(e), unix.SOL_SOCKET, unix.SO_ATTACH_BPF, program.FD()))
+	refused(t, e, "eBPF")
+}
+
+// An image may not set what no checkpoint reads, nor in another size.
+func TestForeignOptions(t *testing.T) {
+	for _, o := range []image.SocketOpt{
+		{Level: unix.SOL_SOCKET, Name: unix.SO_ATTACH_BPF, Value: make([]byte, 4)},
+		{Level: unix.SOL_SOCKET, Name: unix.SO_ATTACH_FILTER, Value: make([]byte, 12)},
+		{Level: unix.SOL_SOCKET, Name: unix.SO_ATTACH_FILTER},
+		{Level: unix.SOL_SOCKET, Name: unix.SO_BINDTODEVICE, Value: make([]byte, 17)},
+		{Level: unix.SOL_SOCKET, Name: unix.SO_MARK, Value: make([]byte, 8)},
+		{Level: unix.SOL_TCP, Name: unix.TCP_NODELAY, Value: make([]byte, 4)},
+	} {
+		s := &image.Socket{Family: unix.AF_UNIX, Type: unix.SOCK_STREAM, Options: []image.SocketOpt{o}}
+		if _, err := Open(&tracee.Batch{}, s); err == nil {
+			t.Errorf("option %+v was taken", o)
+		}
 	}
 }
 
