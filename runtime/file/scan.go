@@ -303,6 +303,8 @@ const (
 )
 
 // kcmp compares two kernel objects: 0 if they are the same, else their order.
+//
+//go:uintptrescapes
 func kcmp(pid1, pid2 int, kind, a, b uintptr) (int, error) {
 	r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid1), uintptr(pid2), kind, a, b, 0)
 	if errno != 0 {

@@ -41,8 +41,10 @@ type uffdioAPIArg struct{ api, features, ioctls uint64 }
 type uffdioRegisterArg struct{ start, length, mode, ioctls uint64 }
 
 type uffdioCopyArg struct {
-	dst, src, length, mode uint64
-	copied                 int64
+	dst          uint64
+	src          unsafe.Pointer
+	length, mode uint64
+	copied       int64
 }
 
 // newFeeder returns nil where the stub may not have a userfaultfd (a user
@@ -89,7 +91,7 @@ func (f *feeder) feed(addr uint64, b []byte) (int, error) {
 	}
 	n := min(uint64(len(b)), a.End-addr)
 	for done := uint64(0); done < n; {
-		arg := uffdioCopyArg{dst: addr + done, src: uint64(uintptr(unsafe.Pointer(&b[done]))), length: n - done}
+		arg := uffdioCopyArg{dst: addr + done, src: unsafe.Pointer(&b[done]), length: n - done}
 		err := f.ioctl(uffdioCopy, unsafe.Pointer(&arg))
 		switch {
 		case arg.copied > 0:

@@ -82,11 +82,13 @@ const permSize = 48
 // control makes one of the calls shmctl, semctl and msgctl, which differ in the
 // place of the pointer.
 func control(nr uintptr, id, command int, b []byte) error {
-	args := [4]uintptr{uintptr(id), uintptr(command), uintptr(unsafe.Pointer(&b[0]))}
+	var errno unix.Errno
 	if nr == unix.SYS_SEMCTL {
-		args = [4]uintptr{uintptr(id), 0, uintptr(command), uintptr(unsafe.Pointer(&b[0]))}
+		_, _, errno = unix.Syscall6(nr, uintptr(id), 0, uintptr(command), uintptr(unsafe.Pointer(&b[0])), 0, 0)
+	} else {
+		_, _, errno = unix.Syscall(nr, uintptr(id), uintptr(command), uintptr(unsafe.Pointer(&b[0])))
 	}
-	if _, _, errno := unix.Syscall6(nr, args[0], args[1], args[2], args[3], 0, 0); errno != 0 {
+	if errno != 0 {
 		return errno
 	}
 	return nil

@@ -68,6 +68,11 @@ type Thread struct {
 	filters  []Filter // see Filters
 }
 
+// ptrace makes one request. What addr and data point to must not lie on a
+// goroutine's stack: it moves when ptrace needs more of it, and the kernel would
+// fill in, or read registers from, what has been left behind.
+//
+//go:uintptrescapes
 func ptrace(request, tid int, addr, data uintptr) (uintptr, error) {
 	for {
 		r, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, data, 0, 0)

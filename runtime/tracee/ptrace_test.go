@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"runtime"
 	"testing"
 	"time"
 	"unsafe"
@@ -125,6 +126,61 @@ func TestWaitInterrupt(t *testing.T) {
 	if err := th.WaitInterrupt(5 * time.Second); !errors.Is(err, ErrGone) {
 		t.Errorf("a killed task: %v", err)
 	}
+}
+
+// TestRegsOnGrowingStack reads registers at every depth of a new goroutine's
+// stack: at some of them the stack has to grow, and to move, within the call.
+func TestRegsOnGrowingStack(t *testing.T) {
+	c := exec.Command("sleep", "1000")
+	must(t, c.Start())
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	pid := c.Process.Pid
+	for depth := range 200 {
+		failed := make(chan error)
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			failed <- readDeep(pid, depth)
+		}()
+		if err := <-failed; err != nil {
+			t.Fatalf("at depth %d: %v", depth, err)
+		}
+	}
+}
+
+// readDeep seizes a task in a frame that has room and reads its registers in
+// one that lies deeper.
+func readDeep(pid, depth int) error {
+	th, err := Seize(pid, pid, LiveOptions)
+	if err == nil {
+		err = th.Interrupt()
+	}
+	if err == nil {
+		err = th.WaitInterrupt(5 * time.Second)
+	}
+	if err != nil {
+		return err
+	}
+	err = atDepth(depth, func() error {
+		r, err := th.Regs()
+		if err == nil && r.Rip == 0 {
+			err = errors.New("no registers were read")
+		}
+		return err
+	})
+	return errors.Join(err, th.Detach(0))
+}
+
+//go:noinline
+func atDepth(n int, f func() error) error {
+	var frame [5]uint64
+	if n == 0 {
+		return f()
+	}
+	frame[n%5]++
+	err := atDepth(n-1, f)
+	frame[(n+1)%5]++
+	return err
 }
 
 // queued is the siginfo of sigqueue(3).
