@@ -22,6 +22,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -143,6 +144,7 @@ type Set struct {
 	pipes     map[uint64]*pipe
 	order     []*pipe
 	placed    []func() // complete records with the mount namespaces of their paths
+	sockets   *sock.Inside
 }
 
 // Env is what the room must know of the container.

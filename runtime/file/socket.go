@@ -46,9 +46,11 @@ var socket = kind{
 		if err := s.inContainersNetwork(f); err != nil {
 			return err
 		}
-		in := &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat}
+		if s.sockets == nil {
+			s.sockets = &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat}
+		}
 		d.Record.Kind = image.KindSocket
-		d.Record.Socket, err = sock.Read(in, f, d.seen.stat.Ino)
+		d.Record.Socket, err = sock.Read(s.sockets, f, d.seen.stat.Ino)
 		return err
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) { return sock.Open(b, f.Socket) },

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -94,11 +95,15 @@ var unset = map[option]int64{
 }
 
 // defaults reports an option that a new socket has as well: to set some of them
-// takes a capability even to the value that they have. IPV6_V6ONLY is never one,
-// for a sysctl decides.
-func defaults(o option, value []byte) bool {
+// takes a capability even to the value that they have. Usual are those of one that
+// was asked. IPV6_V6ONLY is never one, for a sysctl of the next host decides, and
+// programs depend on it.
+func defaults(usual map[option]string, o option, value []byte) bool {
 	if o.level == unix.SOL_IPV6 && o.name == unix.IPV6_V6ONLY {
 		return false
+	}
+	if known, ok := usual[o]; ok {
+		return known == string(value)
 	}
 	want := make([]byte, o.size)
 	for i := range min(o.size, 8) {
@@ -122,8 +127,44 @@ func get(fd, level, name int, value []byte) ([]byte, error) {
 	return value[:min(n, uint32(len(value)))], nil
 }
 
+// usual are the options of a new socket like s in its network namespace, where
+// they hang on that.
+func (in *Inside) usual(fam *family, s *image.Socket) (map[option]string, error) {
+	kind := [3]int32{s.Family, s.Type, s.Protocol}
+	if in.fresh[kind] != nil || !fam.fresh {
+		return in.fresh[kind], nil
+	}
+	values := map[option]string{}
+	err := nsutil.Inside(in.NetNS, func() error {
+		fd, err := unix.Socket(int(s.Family), int(s.Type)|unix.SOCK_CLOEXEC, int(s.Protocol))
+		if err != nil {
+			return fmt.Errorf("a new socket of its kind: %w", err)
+		}
+		defer unix.Close(fd)
+		for _, o := range slices.Concat(generic, fam.options, final) {
+			value, err := get(fd, o.level, o.name, make([]byte, o.size))
+			if err != nil {
+				return err
+			}
+			if value != nil {
+				values[o] = string(value)
+			}
+		}
+		return nil
+	})
+	if in.fresh == nil {
+		in.fresh = map[[3]int32]map[option]string{}
+	}
+	in.fresh[kind] = values
+	return values, err
+}
+
 // readOptions records the options that are not those of a new socket.
-func readOptions(fd int, fam *family, s *image.Socket) error {
+func readOptions(in *Inside, fd int, fam *family, s *image.Socket) error {
+	usual, err := in.usual(fam, s)
+	if err != nil {
+		return err
+	}
 	for _, read := range []func(int, *image.Socket) error{readBuffers, readDevice, readFilter} {
 		if err := read(fd, s); err != nil {
 			return err
@@ -135,7 +176,7 @@ func readOptions(fd int, fam *family, s *image.Socket) error {
 			if err != nil {
 				return err
 			}
-			if value != nil && !defaults(o, value) {
+			if value != nil && !defaults(usual, o, value) {
 				s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value})
 			}
 		}

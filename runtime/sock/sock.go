@@ -21,6 +21,9 @@ type Inside struct {
 	NetNS string // path of the network namespace, /proc/PID/ns/net
 	// Lstat looks at a path as the container's root sees it.
 	Lstat func(path string) (*unix.Stat_t, error)
+
+	diagnoses map[int]*diagnosis // by family
+	fresh     map[[3]int32]map[option]string
 }
 
 // family is one address family, both directions.
@@ -31,15 +34,22 @@ type family struct {
 	types [][2]int32
 	// options are the socket options to read and set again.
 	options []option
+	// fresh: they are saved where they differ from those of a new socket of its
+	// kind, so that the others follow the host's settings wherever it goes.
+	fresh bool
 	// prepare adds calls between socket(2) and bind(2), settle those after.
 	prepare func(b *tracee.Batch, fd int, s *image.Socket)
 	settle  func(b *tracee.Batch, fd int, s *image.Socket)
 }
 
-func familyOf(domain int) *family {
-	switch domain {
+func familyOf(s *image.Socket) *family {
+	switch s.Family {
 	case unix.AF_INET, unix.AF_INET6:
-		return &inet
+		for _, f := range []*family{&tcp, &udp} {
+			if slices.Contains(f.types, [2]int32{s.Type, s.Protocol}) {
+				return f
+			}
+		}
 	case unix.AF_UNIX:
 		return &local
 	}
@@ -66,24 +76,21 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 		}
 		*to = int32(v)
 	}
-	fam := familyOf(int(s.Family))
+	fam := familyOf(s)
 	if fam == nil {
-		return nil, fail.Refuse("", fmt.Sprintf("sockets of family %d are not supported yet", s.Family), "close it before the checkpoint")
+		return nil, fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported yet", s.Family, s.Type, s.Protocol), "close it before the checkpoint")
 	}
 	if v, err := number(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err == nil {
 		s.Listening = v != 0
-	}
-	if err := unconnected(fd); err != nil {
-		return nil, err
 	}
 	var err error
 	if s.Address, err = boundAddress(fd); err != nil {
 		return nil, err
 	}
-	if err := readOptions(fd, fam, s); err != nil {
+	if err := fam.read(in, fd, inode, s); err != nil {
 		return nil, err
 	}
-	return s, fam.read(in, fd, inode, s)
+	return s, readOptions(in, fd, fam, s)
 }
 
 func unconnected(fd int) error {
@@ -141,7 +148,7 @@ func Open(b *tracee.Batch, s *image.Socket) (int, error) {
 // allowed refuses sockets of an image that no checkpoint writes: an image may
 // come from anywhere, and a socket option can reach beyond the container.
 func allowed(s *image.Socket) error {
-	fam := familyOf(int(s.Family))
+	fam := familyOf(s)
 	if fam == nil || !slices.Contains(fam.types, [2]int32{s.Type, s.Protocol}) {
 		return fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported", s.Family, s.Type, s.Protocol), "restore with a newer ocickpt")
 	}
@@ -156,7 +163,7 @@ func allowed(s *image.Socket) error {
 
 // Finish adds the calls that give it its options, address and backlog.
 func Finish(b *tracee.Batch, fd int, s *image.Socket) {
-	fam := familyOf(int(s.Family))
+	fam := familyOf(s)
 	setOptions(b, fd, s, false)
 	setOptions(b, fd, s, true)
 	if fam.prepare != nil {

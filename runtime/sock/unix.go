@@ -17,6 +17,9 @@ import (
 var local = family{
 	types: [][2]int32{{unix.SOCK_STREAM, 0}, {unix.SOCK_DGRAM, 0}, {unix.SOCK_SEQPACKET, 0}},
 	read: func(in *Inside, fd int, inode uint64, s *image.Socket) error {
+		if err := unconnected(fd); err != nil {
+			return err
+		}
 		if err := emptyQueue(fd); err != nil && !s.Listening {
 			return err
 		}
