@@ -34,8 +34,8 @@ lint:
 unit:
 	@hack/gotest $(TAGS) -race -timeout 10m $(UNIT)
 
-# Containers share the machine's two cgroup hierarchies and its pids: one test
-# at a time, and no cached result, because the host is part of what is tested.
+# No cached result, because the host is part of what is tested. The tests run in
+# processes of their own, some side by side.
 integration:
 	@hack/gotest $(TAGS) -count=1 -timeout 25m ./integration/...
 

@@ -8,6 +8,7 @@ package integration
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -31,11 +32,12 @@ const (
 var fixtures string
 
 func TestMain(m *testing.M) {
+	flag.Parse()
 	if err := prepare(); err != nil {
 		fmt.Fprintf(os.Stderr, "integration tests cannot run: %v\n", err)
 		os.Exit(1)
 	}
-	code := m.Run()
+	code := runTests(m)
 	if os.Getenv(envFixtures) == "" {
 		os.RemoveAll(fixtures)
 	}
