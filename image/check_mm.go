@@ -57,7 +57,7 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 	case a.Offset+a.Size() < a.Offset:
 		return fmt.Errorf("offset %#x is too large", a.Offset)
 	}
-	if err := first(checkPolicy(a.Policy), b.checkHugePages(a)); err != nil {
+	if err := first(checkPolicy(a.Policy), b.checkHugePages(a), checkAIO(a)); err != nil {
 		return err
 	}
 	switch a.Kind {
@@ -65,13 +65,35 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 		return need[File](b, a.File, "open file")
 	case AreaShmem:
 		return need[Shmem](b, a.File, "shared memory")
-	case AreaAnon, AreaVDSO:
+	case AreaAnon, AreaVDSO, AreaAIO:
 		if a.File != 0 {
 			return fmt.Errorf("an area of kind %s with an object behind it", a.Kind)
 		}
 		return nil
 	}
 	return fmt.Errorf("kind %s is not known to this program", quote(a.Kind))
+}
+
+// maxAIO bounds a ring (aio_setup_ring in fs/aio.c).
+const maxAIO = 0x10000000 + PageSize
+
+// checkAIO checks that a ring, and nothing else, has events, as many as it says.
+func checkAIO(a *Area) error {
+	if (a.Kind == AreaAIO) != (a.AIO != nil) {
+		return errors.New("a ring for events without any, or events without a ring")
+	}
+	if a.AIO == nil {
+		return nil
+	}
+	if !a.Shared || a.Offset != 0 || a.Size() > maxAIO {
+		return fmt.Errorf("a ring for events of %d bytes that is not shared or not whole", a.Size())
+	}
+	places := AIOPlaces(a.Size())
+	head, tail := uint64(a.AIO.Head), uint64(a.AIO.Tail)
+	if head >= places || tail >= places || uint64(len(a.AIO.Events)) != (tail+places-head)%places*AIOEvent {
+		return fmt.Errorf("%d bytes of events from place %d to %d of %d", len(a.AIO.Events), head, tail, places)
+	}
+	return nil
 }
 
 // checkHugePages checks that an area has huge pages where what lies behind it

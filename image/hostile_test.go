@@ -318,6 +318,12 @@ func TestBadObjects(t *testing.T) {
 		{"hung up and in use", on(func(p *Pty) bool { p.HungUp, p.Termios = true, nil; return true })},
 		{"session -1", on(func(p *Pty) bool { p.Session = -1; return true })},
 		{"mode 01777", on(func(p *Pty) bool { p.Mode = 0o1777; return true })},
+		{"events without a ring", on(func(m *MM) bool { m.Areas[0].AIO = &AIO{}; return true })},
+		{"any, or events", on(func(m *MM) bool { m.Areas[0].Kind, m.Areas[0].File = AreaAIO, 0; return true })},
+		{"not shared or not whole", onRing(func(a *Area) { a.Offset = PageSize })},
+		{"64 bytes of events from place 127 to 1 of 127", onRing(func(a *Area) { a.AIO.Head = 127 })},
+		{"64 bytes of events from place 126 to 2 of 127", onRing(func(a *Area) { a.AIO.Tail = 2 })},
+		{"of 536870912 bytes", onRing(func(a *Area) { a.End = a.Start + 1<<29 })},
 		{"its donor", on(func(m *MM) bool { m.Donor = refShmem; return true })},
 		{"its executable", on(func(m *MM) bool { m.Exe = refShmem; return true })},
 		{"not aligned", on(func(m *MM) bool { m.Areas[0].Start++; return true })},
@@ -443,6 +449,19 @@ func TestHostileXLayout(t *testing.T) {
 		f.any(t, TypeArch, 0, a)
 		refused(t, f.image(), "extended state")
 	}
+}
+
+// onRing changes the area that is a ring of asynchronous I/O.
+func onRing(change func(a *Area)) func(r *sampleRecord) bool {
+	return on(func(m *MM) bool {
+		a := &m.Areas[len(m.Areas)-1]
+		if a.AIO != nil {
+			ring := *a.AIO
+			a.AIO = &ring
+			change(a)
+		}
+		return a.AIO != nil
+	})
 }
 
 func on[T any](change func(v *T) bool) func(r *sampleRecord) bool {

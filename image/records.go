@@ -692,6 +692,7 @@ const (
 	AreaFile  = "file"  // a file, private or shared
 	AreaShmem = "shmem" // shared anonymous memory
 	AreaVDSO  = "vdso"  // [vdso] and the [vvar]s before it
+	AreaAIO   = "aio"   // the ring of a context of io_setup(2)
 )
 
 // Area is one mapping.
@@ -709,7 +710,28 @@ type Area struct {
 	HugePage uint64 `cbor:"10,keyasint,omitempty"`
 
 	Policy *MemPolicy `cbor:"40,keyasint,omitempty"` // mbind(2)
+	AIO    *AIO       `cbor:"41,keyasint,omitempty"` // AreaAIO
 }
+
+// AIO is a context of io_setup(2), none of whose requests is under way.
+type AIO struct {
+	// Requests is for how many it was made; 0 for the ring of a parent's context,
+	// which a process has by fork(2) and cannot use.
+	Requests uint32 `cbor:"1,keyasint,omitempty"`
+	Head     uint32 `cbor:"2,keyasint,omitempty"` // the next event to be read
+	Tail     uint32 `cbor:"3,keyasint,omitempty"` // the next to be written
+	Events   []byte `cbor:"4,keyasint,omitempty"` // struct io_event each, from Head on
+}
+
+// The sizes of struct aio_ring, behind which events stand, and struct io_event.
+const (
+	AIOHeader = 32
+	AIOEvent  = 32
+)
+
+// AIOPlaces is how many events a ring of so many bytes has places for. One of
+// them stays empty.
+func AIOPlaces(size uint64) uint64 { return (size - AIOHeader) / AIOEvent }
 
 // Shmem is shared anonymous memory. Its pages follow as TypePages records of
 // the same reference, addresses being offsets.

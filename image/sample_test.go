@@ -137,6 +137,7 @@ func sampleObjects() []sampleRecord {
 			{Start: 0x400000, End: 0x402000, Kind: AreaFile, Prot: 5, File: refExe, Name: "/usr/sbin/nginx"},
 			{Start: areaHeap, End: areaHeap + 0x4000, Kind: AreaAnon, Prot: 3, Name: "[heap]", Flags: []string{"dd"}},
 			{Start: areaHeap + 0x4000, End: areaHeap + 0x6000, Kind: AreaShmem, Prot: 3, Shared: true, File: refShmem},
+			{Start: areaHeap + 0x8000, End: areaHeap + 0x9000, Kind: AreaAIO, Prot: 3, Shared: true, AIO: &AIO{Requests: 8, Head: 126, Tail: 1, Events: make([]byte, 2*AIOEvent)}},
 		}}},
 		{TypeMM, MM{Exe: refExe, Donor: refMMInit, Areas: []Area{{Start: areaHeap, End: areaHeap + 0x5000, Kind: AreaAnon, Prot: 3}}}},
 		{TypeSighand, Sighand{}},

@@ -26,6 +26,7 @@ var programs = []program{
 	{name: "threads", options: []option{withArgs("/bin/threads"), withVaryingThreads()}},
 	{name: "memory", options: []option{withArgs("/bin/memory")}},
 	{name: "prefork", options: []option{withArgs("/bin/prefork")}},
+	{name: "aio", neverPaused: true, options: []option{withArgs("/bin/aio")}},
 	{name: "areas", options: []option{withArgs("/bin/areas")}},
 	{name: "sleepers", neverPaused: true, options: []option{
 		withArgs(append([]string{"/bin/sleepers"}, sleeps...)...), withVaryingThreads(),

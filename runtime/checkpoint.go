@@ -289,6 +289,11 @@ func (k *checkpoint) look() error {
 	if n.files.HasTerminals() {
 		k.learned.terminals.expect()
 	}
+	if i := slices.IndexFunc(n.procs, func(p *process) bool { return p.space.HasRings() }); i >= 0 {
+		if _, err := k.learned.rings.ready(); err != nil {
+			return fail.In(n.procs[i].name(), mm.RefuseRings(err))
+		}
+	}
 	for _, check := range []func() error{
 		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -418,7 +423,7 @@ func (k *checkpoint) collectTask(p *process, children []*process) error {
 	var also []func(b *tracee.Batch) func()
 	if asks {
 		n.found.asked[p.space] = true
-		also = p.space.AskPolicies()
+		also = append(p.space.AskPolicies(), p.space.AskRings)
 	}
 	k.report.Tasks++
 	k.report.Threads += len(p.tids)
@@ -472,6 +477,10 @@ func (k *checkpoint) collectTask(p *process, children []*process) error {
 		}
 	}
 	if err := p.space.Policies(p.live, asker); err != nil {
+		return err
+	}
+	err = p.space.Rings(func() (map[uint64]bpf.AIOContext, error) { return k.learned.contextsOf(p.tgid) })
+	if err != nil {
 		return err
 	}
 	return p.space.Details(p.stat.Field, p.state.Brk)

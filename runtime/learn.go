@@ -16,6 +16,7 @@ type learned struct {
 	log                   *slog.Logger
 	blocks, timers, undos question[*bpf.Question]
 	terminals             question[*bpf.Terminals]
+	rings                 question[*bpf.AIO]
 	allBlocks             func() map[int]bpf.RestartBlock
 }
 
@@ -48,7 +49,7 @@ func (q *question[Q]) close() {
 
 func newLearned(log *slog.Logger) *learned {
 	l := &learned{log: log}
-	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals
+	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load, l.rings.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals, bpf.NewAIO
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
@@ -86,6 +87,7 @@ func (l *learned) close() {
 	l.timers.close()
 	l.undos.close()
 	l.terminals.close()
+	l.rings.close()
 }
 
 // ask asks. Without an answer the caller warns.
@@ -115,4 +117,14 @@ func (l *learned) timersOf(pid int) (map[int32]bpf.Timer, bool) {
 // unread is what waits in the terminals, nil if that cannot be told.
 func (l *learned) unread() map[bpf.Side]bpf.Unread {
 	return ask(l, &l.terminals, (*bpf.Terminals).Unread)
+}
+
+// contextsOf is what the kernel knows of a process's contexts of asynchronous I/O now.
+func (l *learned) contextsOf(pid int) (map[uint64]bpf.AIOContext, error) {
+	q, err := l.rings.ready()
+	if err != nil {
+		return nil, err
+	}
+	all, err := q.Contexts()
+	return all[pid], err
 }

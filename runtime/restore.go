@@ -584,6 +584,9 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		if err := mm.Layout(&b, space, r.maker); err != nil {
 			return err
 		}
+		if err := mm.RestoreRings(s, space); err != nil {
+			return err
+		}
 		if err := r.filler.Protect(s, &b, t.MM, space); err != nil {
 			return err
 		}

@@ -18,6 +18,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(timerEnv) != "" {
 		haveTimers()
 	}
+	if os.Getenv(aioEnv) != "" {
+		haveAIO()
+	}
 	if os.Getenv(undoEnv) != "" {
 		haveUndos()
 	}

@@ -150,6 +150,9 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 			return fmt.Errorf("shared memory object %d is missing", a.File)
 		}
 		fd = uint64(n)
+	case image.AreaAIO:
+		keepRoom(b, a)
+		return nil
 	default:
 		return fail.Refuse("", "an area of kind "+a.Kind+" is not known to this version", "restore with a newer ocickpt")
 	}

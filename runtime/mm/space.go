@@ -56,6 +56,7 @@ type Space struct {
 	exe   *object.Object
 	pages []source // areas with pages that must be saved
 	bound []int    // areas with a memory policy of their own
+	rings []int    // of asynchronous I/O
 
 	donor  *Space // whose pages are shared, see lend.go
 	frames *frames
@@ -183,8 +184,10 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 		return nil, fail.Refuse("", "secret memory (memfd_secret) is not supported: nobody but its owner can read it", "unmap it before the checkpoint")
 	case strings.HasPrefix(m.name, sysvPrefix):
 		return shared.attached(a, m, link)
-	case strings.HasPrefix(m.name, "/[aio]"):
-		return nil, fail.Refuse("", "asynchronous I/O (io_setup) is not supported: the kernel does not tell whether requests are under way", "io_destroy the context before the checkpoint")
+	case strings.HasPrefix(m.name, aioRing):
+		a.Kind = image.AreaAIO
+		s.rings = append(s.rings, len(s.Record.Areas))
+		return nil, nil
 	case strings.HasPrefix(m.name, "anon_inode:"):
 		return nil, fail.Refuse("", "a mapping of "+m.name+" is not supported", "close it before the checkpoint")
 	case !strings.HasPrefix(m.name, "/"):

@@ -5,6 +5,7 @@
 #include "hold.h"
 #include <linux/aio_abi.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 
 #define PAGE 4096UL
@@ -38,8 +39,15 @@ static void hold_uffd(void)
 static void hold_aio(void)
 {
 	aio_context_t ctx = 0;
+	struct iocb request = { .aio_lio_opcode = IOCB_CMD_POLL,
+				.aio_buf = POLLIN };
+	struct iocb *list = &request;
+	int ends[2];
 
+	need(!pipe(ends));
+	request.aio_fildes = ends[0];
 	need(!syscall(SYS_io_setup, 8, &ctx));
+	need(syscall(SYS_io_submit, ctx, 1L, &list) == 1);
 }
 
 int main(int argc, char **argv)
