@@ -20,6 +20,7 @@ const (
 	partEventfd
 	partTimerfd
 	partSignalfd
+	partInotify
 	partSocket
 )
 
@@ -34,6 +35,7 @@ var kinds = map[string]part{
 	KindEventfd:   partEventfd,
 	KindTimerfd:   partTimerfd,
 	KindSignalfd:  partSignalfd,
+	KindInotify:   partInotify,
 	KindSocket:    partSocket,
 	KindProc:      partNone,
 	KindStdio:     partNone,
@@ -74,6 +76,8 @@ func (b *builder) checkFile(f *File) error {
 		return need[Shmem](b, f.Pipe, "shared memory")
 	case partEpoll:
 		return b.checkEpoll(f.Epoll)
+	case partInotify:
+		return b.checkInotify(f.Inotify)
 	case partSocket:
 		return checkSocket(f.Socket)
 	}
@@ -111,6 +115,7 @@ func (f *File) onlyPart(want part) error {
 		partEventfd:  f.Eventfd != nil,
 		partTimerfd:  f.Timerfd != nil,
 		partSignalfd: f.Signalfd != nil,
+		partInotify:  f.Inotify != nil,
 		partSocket:   f.Socket != nil,
 	}
 	if want == partShmem || want == partPty {
@@ -137,6 +142,30 @@ func (b *builder) checkEpoll(e *Epoll) error {
 		if err := need[File](b, entry.File, "open file"); err != nil {
 			return fmt.Errorf("epoll entry for fd %d: %w", entry.FD, err)
 		}
+	}
+	return nil
+}
+
+// watchMask are the bits of a watch: IN_ALL_EVENTS, IN_EXCL_UNLINK, IN_ONESHOT.
+const watchMask = 0xfff | 1<<26 | 1<<31
+
+func (b *builder) checkInotify(n *Inotify) error {
+	if n.Next < 0 {
+		return fmt.Errorf("the next watch would be %d", n.Next)
+	}
+	seen := make(map[int32]bool, len(n.Watches))
+	for _, w := range n.Watches {
+		switch {
+		case w.WD <= 0 || seen[w.WD]:
+			return fmt.Errorf("watch %d is not positive or stands twice", w.WD)
+		case w.Mask&^uint32(watchMask) != 0 || w.Mask == 0:
+			return fmt.Errorf("watch %d has the mask %#x", w.WD, w.Mask)
+		case (w.Object == 0) != strings.HasPrefix(w.Path, "/"):
+			return fmt.Errorf("watch %d has no path and no file, or both", w.WD)
+		case w.Object != 0 && b.Removed(w.Object) == nil && b.File(w.Object) == nil:
+			return fmt.Errorf("watch %d: reference %d names no file before it", w.WD, w.Object)
+		}
+		seen[w.WD] = true
 	}
 	return nil
 }

@@ -279,6 +279,12 @@ func TestBadObjects(t *testing.T) {
 			f.Epoll = &Epoll{[]EpollEntry{{FD: 3, File: refPipe}}}
 			return true
 		})},
+		{"watch 0 is not positive", watching(Watch{Mask: 2, Path: "/etc"})},
+		{"watch 1 is not positive or stands twice", watching(Watch{WD: 1, Mask: 2, Path: "/etc"}, Watch{WD: 1, Mask: 2, Path: "/srv"})},
+		{"has the mask 0x2000002", watching(Watch{WD: 1, Mask: 0x2000002, Path: "/etc"})},
+		{"no path and no file", watching(Watch{WD: 1, Mask: 2, Path: "etc"})},
+		{"no path and no file", watching(Watch{WD: 1, Mask: 2, Path: "/etc", Object: refGone})},
+		{"names no file before it", watching(Watch{WD: 1, Mask: 2, Object: refPipe})},
 		{"position is negative", on(func(f *File) bool { f.Pos = -1; return true })},
 		{`name "a\x00b" has a NUL`, on(func(f *File) bool { f.Path = "a\x00b"; return true })},
 		{"longer than 65536", on(func(f *File) bool { f.Path = strings.Repeat("x", 70000); return true })},
@@ -706,4 +712,20 @@ func TestBombs(t *testing.T) {
 // array encodes an array of n items of one byte.
 func array(n uint32, item byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0x9a}, n), bytes.Repeat([]byte{item}, int(n))...)
+}
+
+// watching is a file with watches.
+func watching(all ...Watch) func(r *sampleRecord) bool {
+	return instead(File{Kind: KindInotify, Inotify: &Inotify{Watches: all}})
+}
+
+// instead puts another open file in the place of one without references.
+func instead(other File) func(r *sampleRecord) bool {
+	return on(func(f *File) bool {
+		if f.Kind != KindEventfd {
+			return false
+		}
+		*f = other
+		return true
+	})
 }

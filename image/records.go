@@ -494,6 +494,7 @@ const (
 	KindEventfd   = "eventfd"
 	KindTimerfd   = "timerfd"
 	KindSignalfd  = "signalfd"
+	KindInotify   = "inotify"
 	KindSocket    = "socket"
 	KindProc      = "proc"
 	KindStdio     = "stdio"
@@ -526,6 +527,8 @@ type File struct {
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
 	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
+
+	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
 }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
@@ -648,6 +651,21 @@ type Timerfd struct {
 // Signalfd is the state of a signalfd(2).
 type Signalfd struct {
 	Mask uint64 `cbor:"1,keyasint"`
+}
+
+// Inotify is an inotify(7) instance.
+type Inotify struct {
+	Watches  []Watch `cbor:"1,keyasint"`
+	Overflow bool    `cbor:"2,keyasint,omitempty"` // events waited to be read: an overflow takes their place
+	Next     int32   `cbor:"3,keyasint,omitempty"` // number of the next watch
+}
+
+// Watch is one file that is watched.
+type Watch struct {
+	WD     int32  `cbor:"1,keyasint"` // watch descriptor
+	Mask   uint32 `cbor:"2,keyasint"` // IN_*
+	Path   string `cbor:"3,keyasint,omitempty"`
+	Object Ref    `cbor:"4,keyasint,omitempty"` // the file, where it has no path: a Removed or a File
 }
 
 // Socket is a socket; for now a listening or an unconnected, unused one.

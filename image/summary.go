@@ -400,6 +400,8 @@ func target(h *Head, f *File) string {
 		return fmt.Sprintf("clock %d, %v left, every %v", f.Timerfd.Clock, time.Duration(f.Timerfd.Left), time.Duration(f.Timerfd.Interval))
 	case KindSignalfd:
 		return fmt.Sprintf("signals %#x", f.Signalfd.Mask)
+	case KindInotify:
+		return inotifyTarget(f.Inotify)
 	case KindSocket:
 		return socketTarget(f.Socket)
 	case KindStdio:
@@ -422,6 +424,14 @@ func epollTarget(e *Epoll) string {
 	}
 	if len(e.Entries) == 0 {
 		return "watches nothing"
+	}
+	return s
+}
+
+func inotifyTarget(n *Inotify) string {
+	s := fmt.Sprintf("%d watches", len(n.Watches))
+	if n.Overflow {
+		s += ", events lost"
 	}
 	return s
 }

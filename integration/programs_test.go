@@ -61,6 +61,7 @@ var programs = []program{
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
+	{name: "descriptors", options: []option{withHostPrograms(), withArgs("/out/bin/descriptors")}},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),
 	}},
@@ -86,6 +87,7 @@ var mapped = []program{
 	{name: "vfork", options: []option{
 		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),
 	}, connect: "vfork.go"},
+	{name: "descriptors", options: []option{withUserNamespace(), withArgs("/bin/descriptors")}},
 	{name: "creds", options: []option{
 		withUserNamespace(), withArgs("/bin/creds"), withNewPrivileges(),
 		withCapabilities("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_SYS_CHROOT"),

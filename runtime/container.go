@@ -20,6 +20,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
@@ -43,6 +44,7 @@ type container struct {
 	bounding    []string // capabilities that its bundle gives
 	// refuseGuests: processes brought in from outside are not to be kept.
 	refuseGuests bool
+	places       *file.Places // where watched files were found
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -62,7 +64,7 @@ func load(root, id string) (*container, error) {
 	if status != libcontainer.Running && status != libcontainer.Paused {
 		return nil, &fail.Error{Cause: fmt.Errorf("container %q is %s", id, status), Remedy: "only running and paused containers can be checkpointed"}
 	}
-	c := &container{lib: lib}
+	c := &container{lib: lib, places: file.NewPlaces()}
 	if err := c.describe(root); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}

@@ -545,6 +545,9 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.stopJobs(); err != nil {
 		return err
 	}
+	if err := r.maker.Watch(); err != nil {
+		return err
+	}
 	r.finishWritersLast()
 	return r.each(ctx, r.finishTask)
 }

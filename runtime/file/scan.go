@@ -107,7 +107,8 @@ type Description struct {
 	seen    *seen // one of its descriptors
 	pipe    *pipe
 	segment *mm.Segment
-	targets []*Description // of an epoll, by entry
+	targets []*Description // that it refers to; of an epoll by entry
+	places  []place        // that it watches
 	null    bool           // a guest's stream that becomes /dev/null
 }
 
@@ -161,6 +162,8 @@ type Env struct {
 	Named func(dev, ino uint64) string
 	IDs   task.IDMaps
 	NetNS uint64 // inode of the container's network namespace
+	// Places remembers where watched files were found.
+	Places *Places
 	// Remade reports whether a device is one of these file systems, which restore
 	// makes anew.
 	Remade func(dev uint64) bool
@@ -178,6 +181,9 @@ type mappedKey struct {
 
 // NewSet returns an empty set for a container.
 func NewSet(env Env) *Set {
+	if env.Places == nil {
+		env.Places = NewPlaces()
+	}
 	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}}
 }
 
@@ -248,6 +254,9 @@ func (s *Set) Describe() error {
 		return err
 	}
 	s.findNames()
+	if err := s.findWatched(); err != nil {
+		return err
+	}
 	if err := s.checkPipes(); err != nil {
 		return err
 	}
