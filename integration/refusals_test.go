@@ -247,20 +247,10 @@ func TestMemoryWithinBundle(t *testing.T) {
 	c.progress(5)
 	c.checkpoint()
 	c.mustBeGone()
-	good := filepath.Join(c.image(), "checkpoint.img")
-	config := filepath.Join(c.bundle, "config.json")
-	spec, err := os.ReadFile(config)
-	c.must(err)
-	for name, change := range map[string][3]string{
+	c.refusesBundles(t, map[string][3]string{
 		"not mounted": {`"destination": "/run"`, `"destination": "/out"`, "the bundle mounts none there"},
 		"too small":   {`"size=65536k"`, `"size=512k"`, "/dev/shm"},
-	} {
-		c.step(t, name, func(t *testing.T) {
-			c.must(os.WriteFile(config, bytes.ReplaceAll(spec, []byte(change[0]), []byte(change[1])), 0o644))
-			c.tryRestoreFile(good, c.bundle).mustRefuse(t, change[2])
-		})
-	}
-	c.must(os.WriteFile(config, spec, 0o644))
+	})
 	c.restore()
 	c.progress(5)
 }
@@ -290,23 +280,30 @@ func TestIPCWithinBundle(t *testing.T) {
 	})
 	c.checkpoint()
 	c.mustBeGone()
+	c.refusesBundles(t, map[string][3]string{
+		"the host's namespace": {`"type": "ipc"`, `"type": "cgroup"`, "no ipc namespace of its own"},
+		"smaller limits":       {`"linux": {`, `"linux": {"sysctl": {"kernel.shmmax": "4096"},`, "System V shm"},
+		"another user":         {`"uid": 0`, `"uid": 1000`, "uid 0"},
+	})
+	c.restore()
+	c.progress(5)
+}
+
+// refusesBundles tries to restore the last image into the bundle with a text of
+// its configuration replaced by another, and expects a refusal that says so.
+func (c *container) refusesBundles(t *testing.T, changes map[string][3]string) {
+	t.Helper()
 	good := filepath.Join(c.image(), "checkpoint.img")
 	config := filepath.Join(c.bundle, "config.json")
 	spec, err := os.ReadFile(config)
 	c.must(err)
-	for name, change := range map[string][3]string{
-		"the host's namespace": {`"type": "ipc"`, `"type": "cgroup"`, "no ipc namespace of its own"},
-		"smaller limits":       {`"linux": {`, `"linux": {"sysctl": {"kernel.shmmax": "4096"},`, "System V shm"},
-		"another user":         {`"uid": 0`, `"uid": 1000`, "uid 0"},
-	} {
+	for name, change := range changes {
 		c.step(t, name, func(t *testing.T) {
 			c.must(os.WriteFile(config, bytes.ReplaceAll(spec, []byte(change[0]), []byte(change[1])), 0o644))
 			c.tryRestoreFile(good, c.bundle).mustRefuse(t, change[2])
 		})
 	}
 	c.must(os.WriteFile(config, spec, 0o644))
-	c.restore()
-	c.progress(5)
 }
 
 // tryRestoreFile restores from a single file; unlike tryRestore it captures

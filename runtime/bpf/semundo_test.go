@@ -3,7 +3,6 @@ package bpf
 import (
 	"maps"
 	"os"
-	"os/exec"
 	"testing"
 	"time"
 	"unsafe"
@@ -48,27 +47,12 @@ func TestSemUndos(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	c := exec.Command("/proc/self/exe")
-	c.Env = append(os.Environ(), undoEnv+"=1")
-	c.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWIPC}
-	out, err := c.StdoutPipe()
-	if err == nil {
-		err = c.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	ids := make([]byte, 2)
-	if _, err := out.Read(ids); err != nil {
-		t.Fatal(err)
-	}
-	traced(t, c.Process.Pid)
+	pid, ids := helper(t, undoEnv, unix.CLONE_NEWIPC)
 	all, err := q.SemUndos()
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := all[c.Process.Pid]
+	got := all[pid]
 	for i, want := range []map[int]int16{{6: -3, 1: -3}, {5: -32767}} {
 		have := maps.Clone(got[int32(ids[i])])
 		maps.DeleteFunc(have, func(n int, _ int16) bool { return n >= 7 })

@@ -56,21 +56,7 @@ func TestTimers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	c := exec.Command(os.Args[0])
-	c.Env = append(os.Environ(), timerEnv+"=1")
-	out, err := c.StdoutPipe()
-	if err == nil {
-		err = c.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
-	pid := c.Process.Pid
-	traced(t, pid)
+	pid, _ := helper(t, timerEnv, 0)
 	all, err := q.Timers()
 	if err != nil {
 		t.Fatal(err)
@@ -88,6 +74,30 @@ func TestTimers(t *testing.T) {
 	if g := got[2]; g.Tid != pid {
 		t.Errorf("timer on the cpu clock of %d: %+v", pid, g)
 	}
+}
+
+// helper runs the test program as what the variable says, and stops it once it
+// has said something.
+func helper(t *testing.T, env string, namespaces uintptr) (pid int, said []byte) {
+	t.Helper()
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), env+"=1")
+	c.SysProcAttr = &unix.SysProcAttr{Cloneflags: namespaces}
+	out, err := c.StdoutPipe()
+	if err == nil {
+		err = c.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	said = make([]byte, 16)
+	n, err := out.Read(said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	traced(t, c.Process.Pid)
+	return c.Process.Pid, said[:n]
 }
 
 // traced stops a thread.

@@ -2,7 +2,6 @@ package mm
 
 import (
 	"bytes"
-	"os/exec"
 	"slices"
 	"testing"
 
@@ -10,7 +9,6 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
-	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
 
 // fork makes a stub fork another.
@@ -50,41 +48,21 @@ func borrowAll(m *image.MM, ref image.Ref) (c *image.Content, own uint64) {
 // TestInherit forks a stub with a program's memory and makes another of the
 // same program of it: once by keeping what it has, once by copying.
 func TestInherit(t *testing.T) {
-	c := exec.Command("sleep", "1000")
-	start(t, c)
-	files := &program{opened: map[image.Ref]int{}}
-	space, err := Scan(c.Process.Pid, files, NewShared())
-	must(t, err)
-	must(t, space.Details(statField(t, c.Process.Pid), heapEnd(space.Record)))
-	for i, o := range files.objects {
-		o.Ref = image.Ref(i + 1)
-	}
-	space.complete()
-	hole, err := Hole(space.Record)
-	must(t, err)
-	s := traceetest.Stub(t, hole)
-	files.open(t, s)
-	must(t, Rebuild(s, space.Record, files))
-	st := newStream(t, withoutFiles(space.Record.Areas), &image.Shmem{})
-	save := NewSaver(st.w)
-	must(t, space.Save(save.For(st.mm)))
-	must(t, save.Close())
-	f := NewFiller()
-	f.Space(st.mm, s.Pid)
-	st.fill(t, f)
+	r := rebuild(t)
+	files, space, s, f := r.files, r.space, r.stub, r.filler
 
 	const inherits, copies = 1001, 1002
 	heir, copier := fork(t, s), fork(t, s)
-	must(t, f.Lend(st.mm))
-	if err := f.Fill(&image.Content{Type: image.TypePages, Ref: st.mm}); err == nil {
+	must(t, f.Lend(r.ref))
+	if err := f.Fill(&image.Content{Type: image.TypePages, Ref: r.ref}); err == nil {
 		t.Error("pages are taken after they were lent")
 	}
 	l, err := Inherit(heir, space.Record, space.Record, files)
 	must(t, err)
-	f.Borrow(inherits, st.mm, heir, l)
+	f.Borrow(inherits, r.ref, heir, l)
 	f.Space(inherits, heir.Pid)
 	must(t, Rebuild(copier, space.Record, files))
-	f.Borrow(copies, st.mm, copier, &Loan{})
+	f.Borrow(copies, r.ref, copier, &Loan{})
 	f.Space(copies, copier.Pid)
 	lends := func(pid int) bool {
 		donor, err := Scan(s.Pid, files, NewShared())
@@ -110,18 +88,13 @@ func TestInherit(t *testing.T) {
 		}
 		must(t, tracee.ReadMemory(s.Pid, own, page))
 		must(t, tracee.WriteMemory(stub.Pid, own, page))
-		var b tracee.Batch
-		must(t, Layout(&b, space.Record, files))
-		must(t, f.Protect(stub, &b, ref, space.Record))
-		if _, err := stub.Run(&b); err != nil {
-			t.Fatal(err)
-		}
-		sameMemory(t, c.Process.Pid, stub.Pid, hole)
+		r.protect(t, stub, ref)
+		sameMemory(t, r.pid, stub.Pid, r.hole)
 		if copied := f.Copied > 0; copied != (ref == copies) {
 			t.Errorf("%d: %d bytes were copied", ref, f.Copied)
 		}
 	}
-	if lends(c.Process.Pid) {
+	if lends(r.pid) {
 		t.Error("shares pages with a process that it was not forked from")
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 
+	"github.com/ocickpt/ocickpt/runtime/cpu"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 )
 
@@ -34,14 +35,12 @@ func checkKeys(xstate []byte, offset uint32) error {
 // kernel does not use protection keys here (Intel SDM, CPUID leaves 7 and 0DH).
 func pkruOffset() uint32 {
 	const ospke = 1 << 4
-	if last, _, _, _ := cpuid(0, 0); last < 0xd {
+	if last, _, _, _ := cpu.CPUID(0, 0); last < 0xd {
 		return 0
 	}
-	if _, _, features, _ := cpuid(7, 0); features&ospke == 0 {
+	if _, _, features, _ := cpu.CPUID(7, 0); features&ospke == 0 {
 		return 0
 	}
-	_, offset, _, _ := cpuid(0xd, pkruComponent)
+	_, offset, _, _ := cpu.CPUID(0xd, pkruComponent)
 	return offset
 }
-
-func cpuid(leaf, sub uint32) (eax, ebx, ecx, edx uint32)

@@ -173,38 +173,64 @@ func TestCheckKeys(t *testing.T) {
 	}
 }
 
-// TestScanAndRebuild makes the address space of a running program again in a
-// stub and compares all of it.
-func TestScanAndRebuild(t *testing.T) {
+// rebuilt is the address space of a running program, and a stub in which it has
+// been laid out again and filled, but not yet protected.
+type rebuilt struct {
+	pid    int
+	files  *program
+	space  *Space
+	stub   *tracee.Stub
+	hole   uint64
+	ref    image.Ref
+	filler *Filler
+}
+
+func rebuild(t *testing.T) *rebuilt {
+	t.Helper()
 	c := exec.Command("sleep", "1000")
 	start(t, c)
-	files := &program{opened: map[image.Ref]int{}}
-	space, err := Scan(c.Process.Pid, files, NewShared())
+	r := &rebuilt{pid: c.Process.Pid, files: &program{opened: map[image.Ref]int{}}}
+	var err error
+	r.space, err = Scan(r.pid, r.files, NewShared())
 	must(t, err)
-	must(t, space.Details(statField(t, c.Process.Pid), heapEnd(space.Record)))
-	for i, o := range files.objects {
+	must(t, r.space.Details(statField(t, r.pid), heapEnd(r.space.Record)))
+	for i, o := range r.files.objects {
 		o.Ref = image.Ref(i + 1)
 	}
-	space.complete()
-	hole, err := Hole(space.Record)
+	r.space.complete()
+	r.hole, err = Hole(r.space.Record)
 	must(t, err)
-	s := traceetest.Stub(t, hole)
-	files.open(t, s)
-	must(t, Rebuild(s, space.Record, files))
-	st := newStream(t, withoutFiles(space.Record.Areas), &image.Shmem{})
+	r.stub = traceetest.Stub(t, r.hole)
+	r.files.open(t, r.stub)
+	must(t, Rebuild(r.stub, r.space.Record, r.files))
+	st := newStream(t, withoutFiles(r.space.Record.Areas), &image.Shmem{})
+	r.ref = st.mm
 	save := NewSaver(st.w)
-	must(t, space.Save(save.For(st.mm)))
+	must(t, r.space.Save(save.For(r.ref)))
 	must(t, save.Close())
-	f := NewFiller()
-	f.Space(st.mm, s.Pid)
-	st.fill(t, f)
+	r.filler = NewFiller()
+	r.filler.Space(r.ref, r.stub.Pid)
+	st.fill(t, r.filler)
+	return r
+}
+
+// protect gives the stub's areas their own protection.
+func (r *rebuilt) protect(t *testing.T, s *tracee.Stub, ref image.Ref) {
+	t.Helper()
 	var b tracee.Batch
-	must(t, Layout(&b, space.Record, files))
-	must(t, f.Protect(s, &b, st.mm, space.Record))
+	must(t, Layout(&b, r.space.Record, r.files))
+	must(t, r.filler.Protect(s, &b, ref, r.space.Record))
 	if _, err := s.Run(&b); err != nil {
 		t.Fatal(err)
 	}
-	sameMemory(t, c.Process.Pid, s.Pid, hole)
+}
+
+// TestScanAndRebuild makes the address space of a running program again in a
+// stub and compares all of it.
+func TestScanAndRebuild(t *testing.T) {
+	r := rebuild(t)
+	r.protect(t, r.stub, r.ref)
+	sameMemory(t, r.pid, r.stub.Pid, r.hole)
 }
 
 // program is the files that a program has mapped.

@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+
+	"github.com/ocickpt/ocickpt/runtime/cpu"
 )
 
 // Further places in an xsave area.
@@ -27,7 +29,7 @@ func standardXState(like, kernel []byte, features uint64, pkru uint32) ([]byte, 
 	copy(out[xsaveSoftware:xstateBV], like[xsaveSoftware:])
 	at := uint32(xstateHeader)
 	for i := uint32(2); i < 63; i++ {
-		size, offset, traits, _ := cpuid(0xd, i)
+		size, offset, traits, _ := cpu.CPUID(0xd, i)
 		from := offset
 		if form&compacted != 0 {
 			if form>>i&1 == 0 {
@@ -47,7 +49,7 @@ func standardXState(like, kernel []byte, features uint64, pkru uint32) ([]byte, 
 		}
 		copy(out[offset:], kernel[from:from+size])
 	}
-	if _, offset, _, _ := cpuid(0xd, pkruComponent); features>>pkruComponent&1 != 0 && int(offset)+4 <= len(out) {
+	if _, offset, _, _ := cpu.CPUID(0xd, pkruComponent); features>>pkruComponent&1 != 0 && int(offset)+4 <= len(out) {
 		le.PutUint32(out[offset:], pkru)
 		have |= 1 << pkruComponent
 	}

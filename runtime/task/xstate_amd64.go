@@ -5,10 +5,8 @@ import (
 	"fmt"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/cpu"
 )
-
-func cpuid(leaf, sub uint32) (a, b, c, d uint32)
-func xgetbv() uint64
 
 // The xsave area as ptrace(2) shows it (Intel manual, volume 1, 13.4): the
 // legacy region, a header that begins with the components that are not in their
@@ -49,14 +47,14 @@ func MachineXState() (features uint64, size uint32, layout []image.XComponent) {
 		leafFeatures, osxsave = 1, 1 << 27
 		leafXState            = 0xd
 	)
-	if _, _, c, _ := cpuid(leafFeatures, 0); c&osxsave == 0 {
+	if _, _, c, _ := cpu.CPUID(leafFeatures, 0); c&osxsave == 0 {
 		return 0, 0, nil
 	}
-	features = xgetbv()
-	_, size, _, _ = cpuid(leafXState, 0)
+	features = cpu.XCR0()
+	_, size, _, _ = cpu.CPUID(leafXState, 0)
 	for i := firstXComponent; i < xComponents; i++ {
 		if features&(1<<i) != 0 {
-			n, at, _, _ := cpuid(leafXState, uint32(i))
+			n, at, _, _ := cpu.CPUID(leafXState, uint32(i))
 			layout = append(layout, image.XComponent{Number: uint32(i), Offset: at, Size: n})
 		}
 	}

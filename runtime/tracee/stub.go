@@ -315,7 +315,7 @@ func (s *Stub) Stop(sig unix.Signal) (exact bool, err error) {
 	if err := unix.Kill(s.Pid, unix.SIGSTOP); err != nil {
 		return false, fmt.Errorf("task %d: kill: %w", s.Tid, err)
 	}
-	if err := s.contTo(0, Stop{Signal: unix.SIGSTOP}); err != nil {
+	if err := s.contTo(Stop{Signal: unix.SIGSTOP}); err != nil {
 		return false, err
 	}
 	if err := s.SetSigMask(allSignalsButTrap &^ sigbit(sig)); err != nil {
@@ -348,12 +348,12 @@ func (s *Stub) Continue() error {
 	if err := unix.Kill(s.Pid, unix.SIGCONT); err != nil {
 		return fmt.Errorf("task %d: kill: %w", s.Tid, err)
 	}
-	return s.contTo(0, Stop{Signal: unix.SIGTRAP, Event: eventStop})
+	return s.contTo(Stop{Signal: unix.SIGTRAP, Event: eventStop})
 }
 
 // contTo lets the stub run to a stop that must be the one given.
-func (s *Stub) contTo(sig unix.Signal, want Stop) error {
-	if err := s.Cont(sig); err != nil {
+func (s *Stub) contTo(want Stop) error {
+	if err := s.Cont(0); err != nil {
 		return err
 	}
 	got, err := s.Wait()

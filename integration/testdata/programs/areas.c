@@ -63,21 +63,6 @@ static const char *vm_flags(const void *p)
 	return flags;
 }
 
-static void fill(unsigned char *p, size_t size, unsigned seed)
-{
-	for (size_t i = 0; i < size; i += 8)
-		*(uint64_t *)(p + i) = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
-}
-
-static void check_filled(const unsigned char *p, size_t size, unsigned seed,
-			 const char *what)
-{
-	for (size_t i = 0; i < size; i += 8)
-		if (*(const uint64_t *)(p + i) !=
-		    (i + 1) * 0x9e3779b97f4a7c15ull + seed)
-			fail("%s: content changed at offset %zu", what, i);
-}
-
 /* --- areas of which all that is to be kept are flags and contents --- */
 
 static struct area {
@@ -102,7 +87,7 @@ static struct area *add(const char *name, void *at, size_t size, int prot,
 	if (a->p == MAP_FAILED)
 		fail("%s: %s", name, strerror(errno));
 	if (prot & PROT_WRITE)
-		fill(a->p, size, area_count);
+		fill_pattern(a->p, size, area_count);
 	area_count++;
 	return a;
 }
@@ -137,9 +122,9 @@ static void make_areas(void)
 	need(mlock(a->p, a->size) == -1); /* and is locked all the same */
 	a = add_anon("locked on fault", 0);
 	need(!madvise(a->p + PAGE, PAGE, MADV_DONTNEED));
-	fill(a->p + PAGE, PAGE, 1);
+	fill_pattern(a->p + PAGE, PAGE, 1);
 	need(!mlock2(a->p, a->size, MLOCK_ONFAULT));
-	fill(a->p, a->size, a - areas);
+	fill_pattern(a->p, a->size, a - areas);
 
 	a = add_anon("mergeable", 0);
 	need(!madvise(a->p, a->size, MADV_MERGEABLE) || errno == EINVAL);
@@ -166,7 +151,7 @@ static void make_areas(void)
 			 -1, 0);
 	need(noreserve != MAP_FAILED);
 	need(!mprotect(noreserve + (1UL << 35), PAGE, PROT_READ | PROT_WRITE));
-	fill(noreserve + (1UL << 35), PAGE, 99);
+	fill_pattern(noreserve + (1UL << 35), PAGE, 99);
 
 	a = add("/dev/zero, private", NULL, PAGES * PAGE,
 		PROT_READ | PROT_WRITE, MAP_PRIVATE,
@@ -192,7 +177,7 @@ static void make_areas(void)
 	guarded = a->p;
 	need(!madvise(guarded + PAGE, PAGE, GUARD_INSTALL));
 	need(!madvise(guarded + 3 * PAGE, 2 * PAGE, GUARD_INSTALL));
-	fill(guarded + 2 * PAGE, PAGE, 77);
+	fill_pattern(guarded + 2 * PAGE, PAGE, 77);
 	a->prot = 0; /* looked at by check_guarded */
 
 	read_smaps();
@@ -272,7 +257,7 @@ static void make_stack(void)
 
 	need(p != MAP_FAILED);
 	stack_top = p + 2 * PAGE;
-	fill(stack_top - PAGE, PAGE, 55);
+	fill_pattern(stack_top - PAGE, PAGE, 55);
 }
 
 static void check_stack(void)
@@ -323,7 +308,7 @@ static void make_memfds(void)
 		need(fd >= 0);
 		need(!ftruncate(fd, PAGES * PAGE));
 		memfds[i].p = map_fd(fd, PROT_READ | PROT_WRITE, MAP_SHARED);
-		fill(memfds[i].p, PAGES * PAGE, 200 + i);
+		fill_pattern(memfds[i].p, PAGES * PAGE, 200 + i);
 		switch (i) {
 		case WRITE_SEALED:
 			need(!munmap(memfds[i].p, PAGES * PAGE));
@@ -398,7 +383,7 @@ static void make_shm(void)
 	shm = mmap(NULL, sizeof(*shm), PROT_READ | PROT_WRITE, MAP_SHARED, shm_fd, 0);
 	need(shm != MAP_FAILED);
 	need(!unlink("/dev/shm/removed"));
-	fill(shm->pattern, sizeof(shm->pattern), 31);
+	fill_pattern(shm->pattern, sizeof(shm->pattern), 31);
 	if (fork())
 		return;
 	for (;; doze(5 * MS))

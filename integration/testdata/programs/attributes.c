@@ -34,27 +34,12 @@
 
 /* --- the description --- */
 
-struct text {
-	char buf[8192];
-	size_t len;
-};
-
-static void add(struct text *t, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	t->len += vsnprintf(t->buf + t->len, sizeof(t->buf) - t->len, fmt, ap);
-	va_end(ap);
-	need(t->len < sizeof(t->buf));
-}
-
 static void add_file(struct text *t, const char *path)
 {
 	char content[64];
 
 	slurp(path, content, sizeof(content));
-	add(t, "%s %s\n", path, content);
+	text_add(t, "%s %s\n", path, content);
 }
 
 static void add_prctl(struct text *t)
@@ -70,18 +55,18 @@ static void add_prctl(struct text *t)
 	int value = 0;
 
 	for (size_t i = 0; i < COUNT(plain); i++)
-		add(t, "prctl %d: %d\n", plain[i],
+		text_add(t, "prctl %d: %d\n", plain[i],
 		    prctl(plain[i], 0, 0, 0, 0));
 	for (int i = 0; i < 3; i++)
-		add(t, "speculation %d: %d\n", i,
+		text_add(t, "speculation %d: %d\n", i,
 		    prctl(PR_GET_SPECULATION_CTRL, i, 0, 0, 0));
 	need(!prctl(PR_GET_PDEATHSIG, &value));
-	add(t, "pdeathsig %d\n", value);
+	text_add(t, "pdeathsig %d\n", value);
 	need(!prctl(PR_GET_TSC, &value));
-	add(t, "tsc %d personality %x cpuid %ld\n", value,
+	text_add(t, "tsc %d personality %x cpuid %ld\n", value,
 	    personality(0xffffffff), syscall(SYS_arch_prctl, GET_CPUID, 0));
 	syscall(SYS_arch_prctl, GET_XCOMP_PERM, &perm);
-	add(t, "xcomp %lx\n", perm);
+	text_add(t, "xcomp %lx\n", perm);
 }
 
 static void add_ids(struct text *t)
@@ -94,7 +79,7 @@ static void add_ids(struct text *t)
 		sum = sum * 31 + groups[i];
 	need(!syscall(SYS_getresuid, uid, uid + 1, uid + 2));
 	need(!syscall(SYS_getresgid, gid, gid + 1, gid + 2));
-	add(t, "uid %u %u %u gid %u %u %u, %d groups %x\n", uid[0], uid[1],
+	text_add(t, "uid %u %u %u gid %u %u %u, %d groups %x\n", uid[0], uid[1],
 	    uid[2], gid[0], gid[1], gid[2], n, sum);
 }
 
@@ -113,13 +98,13 @@ static void add_capabilities(struct text *t)
 	struct __user_cap_data_struct d[2];
 
 	need(!syscall(SYS_capget, &head, d));
-	add(t, "capabilities %x %x %x, bounding and ambient ",
+	text_add(t, "capabilities %x %x %x, bounding and ambient ",
 	    d[0].permitted, d[0].effective, d[0].inheritable);
 	for (int i = 0; i <= 40; i++)
-		add(t, "%d", prctl(PR_CAPBSET_READ, i) +
+		text_add(t, "%d", prctl(PR_CAPBSET_READ, i) +
 			     2 * prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET,
 				       i, 0, 0));
-	add(t, "\nseccomp %d\n", prctl(PR_GET_SECCOMP));
+	text_add(t, "\nseccomp %d\n", prctl(PR_GET_SECCOMP));
 }
 
 static void add_scheduling(struct text *t)
@@ -130,14 +115,14 @@ static void add_scheduling(struct text *t)
 	cpu_set_t cpus;
 
 	need(!syscall(SYS_sched_getattr, 0, &a, sizeof(a), 0));
-	add(t, "policy %u flags %llx nice %d priority %u runtime %llu %llu %llu\n",
+	text_add(t, "policy %u flags %llx nice %d priority %u runtime %llu %llu %llu\n",
 	    a.policy, a.flags, a.nice, a.priority, a.runtime, a.deadline,
 	    a.period);
 	need(!sched_getaffinity(0, sizeof(cpus), &cpus));
-	add(t, "cpus %lx ioprio %ld\n", *(unsigned long *)&cpus,
+	text_add(t, "cpus %lx ioprio %ld\n", *(unsigned long *)&cpus,
 	    syscall(SYS_ioprio_get, 1, 0));
 	need(!syscall(SYS_get_mempolicy, &mode, nodes, 1024, 0, 0));
-	add(t, "mempolicy %x %lx\n", mode, nodes[0]);
+	text_add(t, "mempolicy %x %lx\n", mode, nodes[0]);
 }
 
 static void add_status(struct text *t)
@@ -158,7 +143,7 @@ static void add_status(struct text *t)
 	     line = strtok_r(NULL, "\n", &save))
 		for (size_t i = 0; i < COUNT(keys); i++)
 			if (!strncmp(line, keys[i], strlen(keys[i])))
-				add(t, "%s\n", line);
+				text_add(t, "%s\n", line);
 }
 
 static void describe(struct text *t)

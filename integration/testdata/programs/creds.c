@@ -20,21 +20,6 @@
 
 /* --- the description --- */
 
-struct text {
-	char buf[16384];
-	size_t len;
-};
-
-static void add(struct text *t, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	t->len += vsnprintf(t->buf + t->len, sizeof(t->buf) - t->len, fmt, ap);
-	va_end(ap);
-	need(t->len < sizeof(t->buf));
-}
-
 /* The lines of /proc/self/status that are a task's own and do not change by
  * its running. A changed root has no /proc to read them from. */
 static void add_status(struct text *t)
@@ -57,9 +42,9 @@ static void add_status(struct text *t)
 	     line = strtok_r(NULL, "\n", &save))
 		for (size_t i = 0; i < COUNT(keys); i++)
 			if (!strncmp(line, keys[i], strlen(keys[i])))
-				add(t, "%s\n", line);
+				text_add(t, "%s\n", line);
 	slurp("/proc/self/oom_score_adj", status, sizeof(status));
-	add(t, "oom_score_adj %s", status);
+	text_add(t, "oom_score_adj %s", status);
 }
 
 static void add_ids(struct text *t)
@@ -70,12 +55,12 @@ static void add_ids(struct text *t)
 
 	need(!getresuid(&uid[0], &uid[1], &uid[2]));
 	need(!getresgid(&gid[0], &gid[1], &gid[2]));
-	add(t, "uid %u %u %u gid %u %u %u groups", uid[0], uid[1], uid[2],
+	text_add(t, "uid %u %u %u gid %u %u %u groups", uid[0], uid[1], uid[2],
 	    gid[0], gid[1], gid[2]);
 	n = getgroups(COUNT(groups), groups);
 	for (int i = 0; i < n; i++)
-		add(t, " %u", groups[i]);
-	add(t, "\npid %d %d %d %d\n", getpid(), getppid(), getpgid(0),
+		text_add(t, " %u", groups[i]);
+	text_add(t, "\npid %d %d %d %d\n", getpid(), getppid(), getpgid(0),
 	    getsid(0));
 }
 
@@ -93,12 +78,12 @@ static void add_prctl(struct text *t)
 	int value = 0;
 
 	for (size_t i = 0; i < COUNT(plain); i++)
-		add(t, "%s %d\n", plain[i].name,
+		text_add(t, "%s %d\n", plain[i].name,
 		    prctl(plain[i].option, 0, 0, 0, 0));
 	need(!prctl(PR_GET_PDEATHSIG, &value));
-	add(t, "pdeathsig %d\n", value);
+	text_add(t, "pdeathsig %d\n", value);
 	need(!prctl(PR_GET_CHILD_SUBREAPER, &value));
-	add(t, "subreaper %d\n", value);
+	text_add(t, "subreaper %d\n", value);
 }
 
 static void add_limits(struct text *t)
@@ -108,13 +93,13 @@ static void add_limits(struct text *t)
 
 	for (int i = 0; i < RLIM_NLIMITS; i++) {
 		need(!getrlimit(i, &r));
-		add(t, "rlimit %d %lx %lx\n", i, r.rlim_cur, r.rlim_max);
+		text_add(t, "rlimit %d %lx %lx\n", i, r.rlim_cur, r.rlim_max);
 	}
 	/* The seccomp role forbids getpriority: its error is described. */
 	errno = 0;
-	add(t, "nice %d errno %d\n", getpriority(PRIO_PROCESS, 0), errno);
+	text_add(t, "nice %d errno %d\n", getpriority(PRIO_PROCESS, 0), errno);
 	need(!sched_getaffinity(0, sizeof(cpus), &cpus));
-	add(t, "policy %d cpus %d\n", sched_getscheduler(0), CPU_COUNT(&cpus));
+	text_add(t, "policy %d cpus %d\n", sched_getscheduler(0), CPU_COUNT(&cpus));
 }
 
 static void add_places(struct text *t)
@@ -126,7 +111,7 @@ static void add_places(struct text *t)
 	umask(mask);
 	need(getcwd(cwd, sizeof(cwd)));
 	need(!stat("/", &root) && !stat(".", &here));
-	add(t, "umask %o cwd %s root %lu here %lu\n", mask, cwd, root.st_ino,
+	text_add(t, "umask %o cwd %s root %lu here %lu\n", mask, cwd, root.st_ino,
 	    here.st_ino);
 }
 

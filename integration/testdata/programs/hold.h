@@ -145,6 +145,38 @@ static inline size_t slurp(const char *path, char *buf, size_t size)
 	return have;
 }
 
+/* fill writes a pattern that says of each word where it belongs. */
+static inline void fill_pattern(unsigned char *p, size_t size, unsigned seed)
+{
+	for (size_t i = 0; i < size; i += 8)
+		*(uint64_t *)(p + i) = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
+}
+
+static inline void check_filled(const unsigned char *p, size_t size,
+				unsigned seed, const char *what)
+{
+	for (size_t i = 0; i < size; i += 8)
+		if (*(const uint64_t *)(p + i) !=
+		    (i + 1) * 0x9e3779b97f4a7c15ull + seed)
+			fail("%s: content changed at offset %zu", what, i);
+}
+
+/* A text is what a program describes its state in, to compare it. */
+struct text {
+	char buf[32 << 10];
+	size_t len;
+};
+
+static inline void text_add(struct text *t, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	t->len += vsnprintf(t->buf + t->len, sizeof(t->buf) - t->len, fmt, ap);
+	va_end(ap);
+	need(t->len < sizeof(t->buf));
+}
+
 /* A worker is a thread or process that counts its own good rounds in memory
  * the main program sees. watch fails when one has stood still for STALLED
  * rounds of the main program: rounds and not seconds, because a container may

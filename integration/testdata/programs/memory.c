@@ -9,21 +9,6 @@
 #define PAGES 256
 #define SHARERS 3
 
-static void fill(unsigned char *p, size_t size, unsigned seed)
-{
-	for (size_t i = 0; i < size; i += 8)
-		*(uint64_t *)(p + i) = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
-}
-
-static void check_filled(const unsigned char *p, size_t size, unsigned seed,
-			 const char *what)
-{
-	for (size_t i = 0; i < size; i += 8)
-		if (*(const uint64_t *)(p + i) !=
-		    (i + 1) * 0x9e3779b97f4a7c15ull + seed)
-			fail("%s: content changed at offset %zu", what, i);
-}
-
 static unsigned char *map_private(size_t pages, int prot)
 {
 	unsigned char *p = mmap(NULL, pages * PAGE, prot,
@@ -57,7 +42,7 @@ static void make_sparse(void)
 	need(!madvise(sparse, PAGES * PAGE, MADV_NOHUGEPAGE));
 	for (int i = 0; i < PAGES; i++)
 		if (i % 3 != 2)
-			fill(sparse + i * PAGE, PAGE, i);
+			fill_pattern(sparse + i * PAGE, PAGE, i);
 	for (int i = 1; i < PAGES; i += 3)
 		need(!madvise(sparse + i * PAGE, PAGE, MADV_DONTNEED));
 }
@@ -82,10 +67,10 @@ static int data_fd;
 static void make_protected(void)
 {
 	readonly = map_private(4, PROT_READ | PROT_WRITE);
-	fill(readonly, 4 * PAGE, 7);
+	fill_pattern(readonly, 4 * PAGE, 7);
 	need(!mprotect(readonly, 4 * PAGE, PROT_READ));
 	noaccess = map_private(4, PROT_READ | PROT_WRITE);
-	fill(noaccess, 4 * PAGE, 9);
+	fill_pattern(noaccess, 4 * PAGE, 9);
 	need(!mprotect(noaccess, 4 * PAGE, PROT_NONE));
 }
 
@@ -111,7 +96,7 @@ static void make_files(void)
 	data_fd = open("/out/memory.data",
 		       O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
 	need(data_fd >= 0);
-	fill(block, sizeof(block), 3);
+	fill_pattern(block, sizeof(block), 3);
 	need(write(data_fd, block, sizeof(block)) == sizeof(block));
 	file_private = mmap(NULL, sizeof(block), PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE, data_fd, 0);
@@ -119,7 +104,7 @@ static void make_files(void)
 	file_shared = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
 			   data_fd, 4 * PAGE);
 	need(file_shared != MAP_FAILED);
-	fill(file_private + PAGE, PAGE, 33); /* page 1 leaves the file */
+	fill_pattern(file_private + PAGE, PAGE, 33); /* page 1 leaves the file */
 }
 
 /* The shared mapping and the file must show each other's writes, and the
@@ -166,7 +151,7 @@ static void share(int i)
 static void make_shared(void)
 {
 	shared = map_shared(sizeof(*shared));
-	fill(shared->pattern, sizeof(shared->pattern), 5);
+	fill_pattern(shared->pattern, sizeof(shared->pattern), 5);
 	for (int i = 0; i < SHARERS; i++)
 		shared->sharer[i].name = "sharer";
 	for (int i = 1; i < SHARERS; i++) {
@@ -202,7 +187,7 @@ static void check_heap(void)
 	unsigned char *p = sbrk(2 * PAGE);
 
 	need(p != (void *)-1);
-	fill((void *)(((uintptr_t)p + 7) & ~7ul), 2 * PAGE - 8, 11);
+	fill_pattern((void *)(((uintptr_t)p + 7) & ~7ul), 2 * PAGE - 8, 11);
 	need(sbrk(-2 * (long)PAGE) == p + 2 * PAGE);
 }
 
@@ -277,7 +262,7 @@ static void make_advised(void)
 {
 	for (size_t i = 0; i < COUNT(advised); i++) {
 		advised_at[i] = map_private(2, PROT_READ | PROT_WRITE);
-		fill(advised_at[i], PAGE, i);
+		fill_pattern(advised_at[i], PAGE, i);
 		/* Without transparent huge pages in the kernel two pieces of
 		 * advice are EINVAL; then there is nothing to keep. */
 		if (madvise(advised_at[i], 2 * PAGE, advised[i].advice))

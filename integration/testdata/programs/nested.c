@@ -85,61 +85,45 @@ static void map_root(unsigned int uid, unsigned int gid)
 	put("self/gid_map", line);
 }
 
-/* What is seen, as text. */
-struct sight {
-	size_t len;
-	char text[32 << 10];
-};
-
-static void note(struct sight *s, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	s->len += vsnprintf(s->text + s->len, sizeof(s->text) - s->len, fmt, ap);
-	va_end(ap);
-	need(s->len < sizeof(s->text));
-}
-
-static void note_file(struct sight *s, const char *path)
+static void note_file(struct text *s, const char *path)
 {
 	int fd = at_proc(path);
 	ssize_t n;
 
-	note(s, "%s:\n", path);
+	text_add(s, "%s:\n", path);
 	if (fd < 0)
 		return;
-	while ((n = read(fd, s->text + s->len, sizeof(s->text) - 1 - s->len)) > 0)
+	while ((n = read(fd, s->buf + s->len, sizeof(s->buf) - 1 - s->len)) > 0)
 		s->len += n;
-	s->text[s->len] = 0;
+	s->buf[s->len] = 0;
 	close(fd);
 }
 
 /* The lines of status that tell who and where a process is. */
-static void note_status(struct sight *s)
+static void note_status(struct text *s)
 {
 	static const char *const keys[] = {
 		"NStgid:", "NSpgid:", "NSsid:", "Uid:", "Gid:", "Groups:",
 		"CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
 	};
-	static struct sight all;
+	static struct text all;
 
 	all.len = 0;
 	note_file(&all, "self/status");
-	for (char *line = strtok(all.text, "\n"); line; line = strtok(NULL, "\n"))
+	for (char *line = strtok(all.buf, "\n"); line; line = strtok(NULL, "\n"))
 		for (size_t i = 0; i < COUNT(keys); i++)
 			if (!strncmp(line, keys[i], strlen(keys[i])))
-				note(s, "%s\n", line);
+				text_add(s, "%s\n", line);
 }
 
 /* Mounts without their ids and those of their peer groups. */
-static void note_mounts(struct sight *s)
+static void note_mounts(struct text *s)
 {
-	static struct sight all;
+	static struct text all;
 
 	all.len = 0;
 	note_file(&all, "self/mountinfo");
-	for (char *line = strtok(all.text, "\n"); line; line = strtok(NULL, "\n")) {
+	for (char *line = strtok(all.buf, "\n"); line; line = strtok(NULL, "\n")) {
 		char *at = line, *tail = strstr(line, " - ");
 
 		for (int skip = 0; tail && skip < 3; skip++)
@@ -147,14 +131,14 @@ static void note_mounts(struct sight *s)
 		for (; tail && at < tail + 3; at++)
 			if (*at < '0' || *at > '9' || at[-1] == '/' ||
 			    (at[-1] >= 'a' && at[-1] <= 'z'))
-				note(s, "%c", *at);
+				text_add(s, "%c", *at);
 		if (tail)
-			note(s, "%s\n", strtok_r(tail + 3, " ", &at));
+			text_add(s, "%s\n", strtok_r(tail + 3, " ", &at));
 	}
 }
 
 /* The processes that the /proc in place shows. */
-static void note_proc(struct sight *s)
+static void note_proc(struct text *s)
 {
 	int list[512], n = 0;
 	struct dirent *e;
@@ -165,34 +149,34 @@ static void note_proc(struct sight *s)
 		if (atoi(e->d_name) && n < (int)COUNT(list))
 			list[n++] = atoi(e->d_name);
 	closedir(d);
-	note(s, "proc:");
+	text_add(s, "proc:");
 	for (int i = 0; i < n; i++)
-		note(s, " %d", list[i]);
-	note(s, "\n");
+		text_add(s, " %d", list[i]);
+	text_add(s, "\n");
 }
 
-static void note_network(struct sight *s)
+static void note_network(struct text *s)
 {
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	struct ifreq req = { .ifr_name = "lo" };
 
 	need(fd >= 0);
 	need(!ioctl(fd, SIOCGIFFLAGS, &req));
-	note(s, "lo %x\n", req.ifr_flags);
+	text_add(s, "lo %x\n", req.ifr_flags);
 	close(fd);
 }
 
-static void look(struct sight *s)
+static void look(struct text *s)
 {
 	struct utsname uts;
 	char cwd[256];
 
 	s->len = 0;
 	need(!uname(&uts));
-	note(s, "%d %d %d %d\n", getpid(), getppid(), getpgid(0), getsid(0));
-	note(s, "%s %s\n", uts.nodename, uts.domainname);
-	note(s, "%u %u %u %u\n", getuid(), geteuid(), getgid(), getegid());
-	note(s, "cwd %s\n", getcwd(cwd, sizeof(cwd)) ? cwd : "?");
+	text_add(s, "%d %d %d %d\n", getpid(), getppid(), getpgid(0), getsid(0));
+	text_add(s, "%s %s\n", uts.nodename, uts.domainname);
+	text_add(s, "%u %u %u %u\n", getuid(), geteuid(), getgid(), getegid());
+	text_add(s, "cwd %s\n", getcwd(cwd, sizeof(cwd)) ? cwd : "?");
 	note_status(s);
 	note_file(s, "self/uid_map");
 	note_file(s, "self/gid_map");
@@ -201,7 +185,7 @@ static void look(struct sight *s)
 	note_mounts(s);
 	note_proc(s);
 	note_network(s);
-	note(s, "ahead %d\n", ahead ? mono_ns() / SEC / AHEAD >= ahead : 0);
+	text_add(s, "ahead %d\n", ahead ? mono_ns() / SEC / AHEAD >= ahead : 0);
 }
 
 static void note_inodes(int me)
@@ -239,22 +223,22 @@ static void compare_inodes(unsigned long (*was)[COUNT(kinds)], int n, int patien
 
 /* A file of /proc that was open over a restore may have another length before
  * the place it was read up to, so only what is seen again and again counts. */
-static void compare(struct sight *was, struct sight *is)
+static void compare(struct text *was, struct text *is)
 {
 	size_t at = 0;
 
 	for (int looks = 0; looks < 3; looks++) {
 		look(is);
-		if (is->len == was->len && !memcmp(is->text, was->text, is->len))
+		if (is->len == was->len && !memcmp(is->buf, was->buf, is->len))
 			return;
 	}
-	while (at < is->len && is->text[at] == was->text[at])
+	while (at < is->len && is->buf[at] == was->buf[at])
 		at++;
-	while (at && is->text[at - 1] != '\n')
+	while (at && is->buf[at - 1] != '\n')
 		at--;
-	was->text[at + strcspn(was->text + at, "\n")] = 0;
-	is->text[at + strcspn(is->text + at, "\n")] = 0;
-	fail("it was %s, it is %s", was->text + at, is->text + at);
+	was->buf[at + strcspn(was->buf + at, "\n")] = 0;
+	is->buf[at + strcspn(is->buf + at, "\n")] = 0;
+	fail("it was %s, it is %s", was->buf + at, is->buf + at);
 }
 
 /* The file goes on where it was, and is the one that its name says. */
@@ -277,7 +261,7 @@ static void use_files(void)
 
 static void hold_for_ever(void)
 {
-	static struct sight was, is;
+	static struct text was, is;
 	int me;
 
 	if (first)
@@ -498,7 +482,7 @@ static void run(const char *at, int ready)
 int main(int argc, char **argv)
 {
 	static unsigned long was[HOLDERS_MAX][COUNT(kinds)];
-	static struct sight seen, now;
+	static struct text seen, now;
 
 	need(argc == 3);
 	report_open(argv[1]);

@@ -14,22 +14,6 @@ static unsigned char *big, *mixed, *tail, *file;
 static volatile unsigned long *counts; /* one of each process, shared */
 static int who;			       /* 0 is the master */
 
-static void fill(unsigned char *p, size_t size, unsigned seed)
-{
-	for (size_t i = 0; i < size; i += 8)
-		*(uint64_t *)(p + i) = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
-}
-
-static void check_filled(const unsigned char *p, size_t size, unsigned seed,
-			 const char *what)
-{
-	for (size_t i = 0; i < size; i += 8)
-		if (*(const uint64_t *)(p + i) !=
-		    (i + 1) * 0x9e3779b97f4a7c15ull + seed)
-			fail("process %d, %s: content changed at offset %zu",
-			     who, what, i);
-}
-
 static void check_zero(const unsigned char *p, size_t size, const char *what)
 {
 	for (size_t i = 0; i < size; i++)
@@ -58,7 +42,7 @@ static void write_mine(void)
 {
 	for (size_t i = 0; i < PAGES; i++)
 		if (writer_of(i) == who)
-			fill(big + i * PAGE, PAGE, 1000 + who);
+			fill_pattern(big + i * PAGE, PAGE, 1000 + who);
 }
 
 static void make(void)
@@ -67,19 +51,19 @@ static void make(void)
 
 	big = map(PAGES * PAGE);
 	for (size_t i = 0; i < PAGES; i++)
-		fill(big + i * PAGE, PAGE, i);
+		fill_pattern(big + i * PAGE, PAGE, i);
 	mixed = map(64 * PAGE);
-	fill(mixed, 64 * PAGE, 7);
+	fill_pattern(mixed, 64 * PAGE, 7);
 	tail = map(16 * PAGE);
-	fill(tail, 16 * PAGE, 8);
+	fill_pattern(tail, 16 * PAGE, 8);
 	fd = open("/out/prefork.data", O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
 	need(fd >= 0);
-	fill(mixed, 16 * PAGE, 7);
+	fill_pattern(mixed, 16 * PAGE, 7);
 	need(write(fd, mixed, 16 * PAGE) == 16 * (ssize_t)PAGE);
 	file = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
 	need(file != MAP_FAILED);
 	close(fd);
-	fill(file + 4 * PAGE, 4 * PAGE, 9);
+	fill_pattern(file + 4 * PAGE, 4 * PAGE, 9);
 	need(sbrk(32 * PAGE) != (void *)-1);
 }
 
@@ -99,7 +83,7 @@ static void differ(void)
 	case 3: /* grows */
 		tail = mremap(tail, 16 * PAGE, 32 * PAGE, MREMAP_MAYMOVE);
 		need(tail != MAP_FAILED);
-		fill(tail + 16 * PAGE, 16 * PAGE, 18);
+		fill_pattern(tail + 16 * PAGE, 16 * PAGE, 18);
 		need(sbrk(64 * PAGE) != (void *)-1);
 		break;
 	case 4: /* advises */
