@@ -22,6 +22,7 @@ const (
 	partSignalfd
 	partInotify
 	partSocket
+	partMqueue
 )
 
 // kinds gives each kind of open file the part it must carry.
@@ -43,6 +44,7 @@ var kinds = map[string]part{
 	KindPath:      partNone,
 	KindPtmx:      partPty,
 	KindTTY:       partPty,
+	KindMqueue:    partMqueue,
 }
 
 func (b *builder) checkFile(f *File) error {
@@ -72,6 +74,8 @@ func (b *builder) checkFile(f *File) error {
 		return need[Pipe](b, f.Pipe, "pipe")
 	case partPty:
 		return b.checkTTY(f)
+	case partMqueue:
+		return need[Mqueue](b, f.Pipe, "message queue")
 	case partShmem:
 		return need[Shmem](b, f.Pipe, "shared memory")
 	case partEpoll:
@@ -118,7 +122,7 @@ func (f *File) onlyPart(want part) error {
 		partInotify:  f.Inotify != nil,
 		partSocket:   f.Socket != nil,
 	}
-	if want == partShmem || want == partPty {
+	if want == partShmem || want == partPty || want == partMqueue {
 		want = partPipe // the same field
 	}
 	if f.Kind == KindTTY && f.Pid != 0 { // /dev/tty
@@ -302,6 +306,11 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 			return fmt.Errorf("bytes of pipe #%d at %d do not follow those before, which end at %d", ref, offset, next)
 		}
 	case *Messages:
+		size = o.Bytes()
+		if offset != next {
+			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
+		}
+	case *Mqueue:
 		size = o.Bytes()
 		if offset != next {
 			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)

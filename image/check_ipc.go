@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Bounds of System V objects, each the kernel's own (svipc(7)).
@@ -87,6 +88,73 @@ func (b *builder) checkMessages(q *Messages) error {
 
 // Bytes is the length of all messages together.
 func (q *Messages) Bytes() (n uint64) {
+	for _, m := range q.Messages {
+		n += uint64(m.Size)
+	}
+	return n
+}
+
+// Bounds of POSIX message queues (include/linux/ipc_namespace.h, mq_send(3)).
+const (
+	maxQueueCount = 65536    // HARD_MSGMAX
+	maxQueueSize  = 16 << 20 // HARD_MSGSIZEMAX
+	maxPriority   = 32767    // MQ_PRIO_MAX - 1
+
+)
+
+// queueName is a name in an ipc namespace.
+type queueName struct {
+	ns   Ref
+	name string
+}
+
+func (b *builder) checkMqueue(q *Mqueue) error {
+	switch {
+	case q.Name == "" || len(q.Name) > maxName || q.Name == "." || q.Name == ".." || strings.Contains(q.Name, "/"):
+		return fmt.Errorf("a message queue cannot be called %s", quote(q.Name))
+	case !q.Removed && b.mqueues[queueName{q.NS, q.Name}]:
+		return fmt.Errorf("two message queues are called %s", quote(q.Name))
+	case q.Mode&^0o7777 != 0:
+		return fmt.Errorf("a message queue of mode %#o", q.Mode)
+	case q.MaxCount == 0 || q.MaxCount > maxQueueCount || q.MaxSize == 0 || q.MaxSize > maxQueueSize:
+		return fmt.Errorf("a message queue for %d messages of %d bytes", q.MaxCount, q.MaxSize)
+	case len(q.Messages) > int(q.MaxCount):
+		return fmt.Errorf("a queue for %d messages holds %d", q.MaxCount, len(q.Messages))
+	}
+	if ns := b.Nested(q.NS); q.NS != 0 && (ns == nil || ns.Type != "ipc") {
+		return fmt.Errorf("reference %d names no ipc namespace that a task has made", q.NS)
+	}
+	highest := uint32(maxPriority)
+	for _, m := range q.Messages {
+		if m.Priority > highest || m.Size > q.MaxSize {
+			return fmt.Errorf("a message of priority %d and %d bytes is out of place", m.Priority, m.Size)
+		}
+		highest = m.Priority
+	}
+	if n := q.Notify; n != nil && (n.Pid <= 0 || !validSignal(n.Signal) || n.Method < 0 || n.Method > sigevNone) {
+		return fmt.Errorf("process %d is to be told by method %d with signal %d", n.Pid, n.Method, n.Signal)
+	}
+	return nil
+}
+
+func (b *builder) keepMqueue(q *Mqueue) {
+	if !q.Removed {
+		b.mqueues[queueName{q.NS, q.Name}] = true
+	}
+}
+
+// checkNotified checks that who waits to be told of a message is there.
+func (b *builder) checkNotified() error {
+	for ref, o := range b.Objects {
+		if q, ok := o.(*Mqueue); ok && q.Notify != nil && b.tasks[q.Notify.Pid] == nil {
+			return fmt.Errorf("message queue #%d tells process %d, which is not there", ref, q.Notify.Pid)
+		}
+	}
+	return nil
+}
+
+// Bytes is the length of all messages together.
+func (q *Mqueue) Bytes() (n uint64) {
 	for _, m := range q.Messages {
 		n += uint64(m.Size)
 	}

@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages, *Mqueue
 
 	tasks     map[int32]*Task
 	processes map[int32]*Process // by pid
@@ -46,6 +46,9 @@ func (h *Head) Inode(ref Ref) *Inode { return object[Inode](h, ref) }
 
 // Removed returns the file without a name ref, or nil if there is none.
 func (h *Head) Removed(ref Ref) *Removed { return object[Removed](h, ref) }
+
+// Mqueue returns the POSIX message queue ref, or nil if there is none.
+func (h *Head) Mqueue(ref Ref) *Mqueue { return object[Mqueue](h, ref) }
 
 // MM returns the address space ref, or nil if there is none.
 func (h *Head) MM(ref Ref) *MM { return object[MM](h, ref) }
@@ -98,6 +101,7 @@ type builder struct {
 	names    map[Name]bool             // taken
 	lent     map[Ref]bool              // address spaces of which others have borrowed
 	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
+	mqueues  map[queueName]bool        // that are taken
 }
 
 func newBuilder() *builder {
@@ -109,6 +113,7 @@ func newBuilder() *builder {
 		names:    map[Name]bool{},
 		lent:     map[Ref]bool{},
 		ipc:      map[string]map[int32]bool{},
+		mqueues:  map[queueName]bool{},
 	}
 }
 
@@ -210,6 +215,8 @@ func (b *builder) check(v any) error {
 		return b.checkSemaphores(v)
 	case *Messages:
 		return b.checkMessages(v)
+	case *Mqueue:
+		return b.checkMqueue(v)
 	case *Sighand:
 		return checkSighand(v)
 	}
@@ -247,6 +254,9 @@ func (b *builder) keep(ref Ref, v any) {
 	case *Shmem, *SemSet, *Messages:
 		b.Objects[ref] = v
 		b.keepIPC(v)
+	case *Mqueue:
+		b.Objects[ref] = v
+		b.keepMqueue(v)
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v
@@ -269,7 +279,7 @@ func (b *builder) complete() error {
 			return fmt.Errorf("the image has no task record for process %d", p.Pid)
 		}
 	}
-	return b.checkVforks()
+	return first(b.checkVforks(), b.checkNotified())
 }
 
 // finish checks what can be known only at the end of the contents.
@@ -279,6 +289,9 @@ func (b *builder) finish() error {
 			return fmt.Errorf("pipe #%d holds %d bytes, the image has %d of them", ref, p.Length, b.progress[ref])
 		}
 		if q, ok := o.(*Messages); ok && b.progress[ref] != q.Bytes() {
+			return fmt.Errorf("message queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
+		}
+		if q, ok := o.(*Mqueue); ok && b.progress[ref] != q.Bytes() {
 			return fmt.Errorf("message queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
 		}
 		if p, ok := o.(*Pty); ok && b.progress[ref] != p.unread() {

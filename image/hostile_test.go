@@ -393,6 +393,20 @@ func TestBadObjects(t *testing.T) {
 		{"adjustment of semaphore 0 by undo list 0", on(func(s *SemSet) bool { s.Undo = []SemUndo{{}}; return true })},
 		{"a message of a type that is not positive", on(func(q *Messages) bool { q.Messages = []Message{{Type: 0}}; return true })},
 		{"too long", on(func(q *Messages) bool { q.Messages = []Message{{Type: 1, Size: 65 << 20}}; return true })},
+		{`cannot be called ".."`, on(func(q *Mqueue) bool { q.Name = ".."; return true })},
+		{`cannot be called "a/b"`, on(func(q *Mqueue) bool { q.Name = "a/b"; return true })},
+		{`cannot be called ""`, on(func(q *Mqueue) bool { q.Name = ""; return true })},
+		{"a message queue of mode 0100640", on(func(q *Mqueue) bool { q.Mode |= 0o100000; return true })},
+		{"for 0 messages of 8192 bytes", on(func(q *Mqueue) bool { q.MaxCount = 0; return true })},
+		{"for 65537 messages", on(func(q *Mqueue) bool { q.MaxCount = 65537; return true })},
+		{"of 16777217 bytes", on(func(q *Mqueue) bool { q.MaxSize = 16<<20 + 1; return true })},
+		{"a queue for 1 messages holds 2", on(func(q *Mqueue) bool { q.MaxCount = 1; return true })},
+		{"a message of priority 10 and", on(func(q *Mqueue) bool { q.Messages[1].Priority = 10; return true })},
+		{"priority 32768", on(func(q *Mqueue) bool { q.Messages[0].Priority = 32768; return true })},
+		{"and 8193 bytes", on(func(q *Mqueue) bool { q.Messages[0].Size = 8193; return true })},
+		{"by method 2", on(func(q *Mqueue) bool { q.Notify.Method = 2; return true })},
+		{"tells process 9, which is not there", on(func(q *Mqueue) bool { q.Notify.Pid = 9; return true })},
+		{"names no ipc namespace", on(func(q *Mqueue) bool { q.NS = refPipe; return true })},
 		{"an inode of mode 0100", on(func(n *Inode) bool { n.Mode = 0o100; return true })},
 		{"an inode of mode 040755 and 5 bytes", on(func(n *Inode) bool { n.Size = 5; n.Mode = 0o40755; return n.Point == "" })},
 		{"and 9223372036854775808 bytes", on(func(n *Inode) bool { n.Size = 1 << 63; return len(n.Names) == 2 })},
@@ -531,8 +545,31 @@ func TestSameIPC(t *testing.T) {
 	}
 }
 
+// TestSameQueue gives two message queues of a namespace one name.
+func TestSameQueue(t *testing.T) {
+	for _, second := range []bool{false, true} {
+		f := newForge()
+		f.head(t, 4)
+		f.any(t, TypeMqueue, 3, Mqueue{Name: "q", MaxCount: 1, MaxSize: 1, Removed: true})
+		f.any(t, TypeMqueue, 4, Mqueue{Name: "q", MaxCount: 1, MaxSize: 1})
+		want := "cut short"
+		if !second {
+			f.any(t, TypeMqueue, 5, Mqueue{Name: "q", MaxCount: 1, MaxSize: 1})
+			want = `two message queues are called "q"`
+		}
+		refused(t, f.image(), want)
+	}
+}
+
 // TestBadMessages gives the texts of a message queue wrongly, or not at all.
 func TestBadMessages(t *testing.T) {
+	for _, posix := range []bool{false, true} {
+		badMessages(t, posix)
+	}
+}
+
+func badMessages(t *testing.T, posix bool) {
+	t.Helper()
 	for want, write := range map[string]func(f *forge) error{
 		"bytes of message queue #3 at 1":          func(f *forge) error { return f.bulk(TypeBytes, 3, Bytes{1}, []byte("x")) },
 		"6 bytes at 0 are outside object #3":      func(f *forge) error { return f.bulk(TypeBytes, 3, Bytes{}, []byte("onetwo")) },
@@ -542,7 +579,11 @@ func TestBadMessages(t *testing.T) {
 		f := newForge()
 		f.head(t, 3)
 		f.any(t, TypeTree, 0, Tree{Processes: []Process{{Pid: 1, Pids: []int32{1}, Zombie: true}}})
-		f.any(t, TypeMessages, 3, Messages{Messages: []Message{{Type: 1, Size: 3}, {Type: 1}, {Type: 1, Size: 2}}})
+		if posix {
+			f.any(t, TypeMqueue, 3, Mqueue{Name: "q", MaxCount: 5, MaxSize: 5, Messages: []MqueueText{{Size: 3}, {}, {Size: 2}}})
+		} else {
+			f.any(t, TypeMessages, 3, Messages{Messages: []Message{{Type: 1, Size: 3}, {Type: 1}, {Type: 1, Size: 2}}})
+		}
 		if write != nil {
 			check(t, write(f))
 		}

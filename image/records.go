@@ -44,6 +44,7 @@ const (
 	TypeBytes     Type = 404
 	TypeSemSet    Type = 501
 	TypeMessages  Type = 502
+	TypeMqueue    Type = 503
 	TypeSighand   Type = 601
 	TypeTrailer   Type = 9001
 	TypeError     Type = 9999
@@ -502,6 +503,7 @@ const (
 	KindPath      = "path"
 	KindPtmx      = "ptmx"
 	KindTTY       = "tty"
+	KindMqueue    = "mqueue"
 )
 
 // File is one open file description; exactly the part its Kind needs is set.
@@ -514,7 +516,7 @@ type File struct {
 	Mtime    int64     `cbor:"6,keyasint,omitempty"` // nanoseconds
 	Mode     uint32    `cbor:"7,keyasint,omitempty"` // st_mode
 	Rdev     uint64    `cbor:"8,keyasint,omitempty"` // of a device node
-	Pipe     Ref       `cbor:"9,keyasint,omitempty"` // pipe and fifo: the buffer; shmem: the memory; ptmx and tty: the terminal
+	Pipe     Ref       `cbor:"9,keyasint,omitempty"` // pipe and fifo: the buffer; shmem: the memory; ptmx and tty: the terminal; mqueue: the queue
 	Stdio    int32     `cbor:"10,keyasint,omitempty"`
 	Epoll    *Epoll    `cbor:"11,keyasint,omitempty"`
 	Eventfd  *Eventfd  `cbor:"12,keyasint,omitempty"`
@@ -814,6 +816,38 @@ type Messages struct {
 type Message struct {
 	Type int64  `cbor:"1,keyasint"`
 	Size uint32 `cbor:"2,keyasint,omitempty"`
+}
+
+// Mqueue is a POSIX message queue (mq_overview(7)). The texts of its messages
+// follow, one after another, as TypeBytes records of the same reference.
+type Mqueue struct {
+	Name     string        `cbor:"1,keyasint"`           // without the slash
+	Removed  bool          `cbor:"2,keyasint,omitempty"` // it has lost its name, and goes with its last descriptor
+	NS       Ref           `cbor:"3,keyasint,omitempty"` // the ipc namespace, where that is not the container's own
+	UID      uint32        `cbor:"4,keyasint,omitempty"` // as the container's user namespace numbers them
+	GID      uint32        `cbor:"5,keyasint,omitempty"`
+	Mode     uint32        `cbor:"6,keyasint,omitempty"`
+	Creator  uint32        `cbor:"7,keyasint,omitempty"` // uid whose RLIMIT_MSGQUEUE it counts against
+	MaxCount uint32        `cbor:"8,keyasint"`           // mq_maxmsg
+	MaxSize  uint32        `cbor:"9,keyasint"`           // mq_msgsize
+	Messages []MqueueText  `cbor:"10,keyasint,omitempty"`
+	Notify   *MqueueNotify `cbor:"11,keyasint,omitempty"`
+	Atime    int64         `cbor:"12,keyasint"` // nanoseconds
+	Mtime    int64         `cbor:"13,keyasint"`
+}
+
+// MqueueText is one message, in the order in which they will be received.
+type MqueueText struct {
+	Priority uint32 `cbor:"1,keyasint,omitempty"`
+	Size     uint32 `cbor:"2,keyasint,omitempty"`
+}
+
+// MqueueNotify is what mq_notify(3) has registered.
+type MqueueNotify struct {
+	Pid    int32  `cbor:"1,keyasint"`
+	Method int32  `cbor:"2,keyasint,omitempty"` // SIGEV_SIGNAL or SIGEV_NONE
+	Signal int32  `cbor:"3,keyasint,omitempty"`
+	Value  uint64 `cbor:"4,keyasint,omitempty"` // sigev_value
 }
 
 // Pages heads a TypePages record: the runs whose pages follow raw, in order.

@@ -43,6 +43,8 @@ const (
 	refSegment
 	refSemSet
 	refMessages
+	refMqueue
+	refMqd
 )
 
 const areaHeap = 0x7f0000001000
@@ -147,6 +149,8 @@ func sampleObjects() []sampleRecord {
 		{TypeShmem, Shmem{Size: 5000, SysV: &SysVSegment{Perm: IPCPerm{ID: 32768, Key: 0x1234, UID: 33, Mode: 0o600}, Removed: true}}},
 		{TypeSemSet, SemSet{Perm: IPCPerm{ID: 5}, Values: []uint16{1, 32767}, Undo: []SemUndo{{List: 1, Number: 1, Adjust: -5}}}},
 		{TypeMessages, Messages{Perm: IPCPerm{ID: 5}, MaxBytes: 16384, Messages: []Message{{Type: 1}, {Type: 1 << 40}}}},
+		{TypeMqueue, Mqueue{Name: "work\xff", UID: 33, Mode: 0o640, MaxCount: 10, MaxSize: 8192, Messages: []MqueueText{{Priority: 9}, {}}, Notify: &MqueueNotify{Pid: 1, Signal: 10, Value: 1 << 40}}},
+		{TypeFile, File{Kind: KindMqueue, Flags: 2, Pipe: refMqueue}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

@@ -390,6 +390,9 @@ func target(h *Head, f *File) string {
 	case KindShmem:
 		m := h.Shmem(f.Pipe)
 		return strings.TrimSpace(fmt.Sprintf("%s #%d, %d bytes", m.Name, f.Pipe, m.Size))
+	case KindMqueue:
+		q := h.Mqueue(f.Pipe)
+		return fmt.Sprintf("/%s #%d, %d of %d messages", q.Name, f.Pipe, len(q.Messages), q.MaxCount)
 	case KindPtmx:
 		return fmt.Sprintf("master of /dev/pts/%d", h.Pty(f.Pipe).Index)
 	case KindEpoll:

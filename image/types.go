@@ -48,6 +48,7 @@ var types = map[Type]typeInfo{
 	TypeShmem:     {"shmem", sectionObjects, true, reflect.TypeFor[Shmem](), 0},
 	TypeSemSet:    {"semset", sectionObjects, true, reflect.TypeFor[SemSet](), sizeOf[SemUndo]()},
 	TypeMessages:  {"messages", sectionObjects, true, reflect.TypeFor[Messages](), sizeOf[Message]()},
+	TypeMqueue:    {"mqueue", sectionObjects, true, reflect.TypeFor[Mqueue](), sizeOf[MqueueText]()},
 	TypeSighand:   {"sighand", sectionObjects, true, reflect.TypeFor[Sighand](), sizeOf[SigAction]()},
 	TypePages:     {"pages", sectionContents, false, nil, 0},
 	TypeBytes:     {"bytes", sectionContents, false, nil, 0},

@@ -57,6 +57,7 @@ var programs = []program{
 	}},
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
+	{name: "mqueues", options: []option{withArgs("/bin/mqueues")}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},
@@ -83,6 +84,7 @@ var mapped = []program{
 	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "sysv", options: []option{withUserNamespace(), withArgs("/bin/sysv")}},
+	{name: "mqueues", options: []option{withUserNamespace(), withArgs("/bin/mqueues")}},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
 	{name: "vfork", options: []option{
 		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),

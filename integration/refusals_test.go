@@ -98,7 +98,8 @@ func TestUnsupported(t *testing.T) {
 	})
 	for object, words := range map[string][]string{
 		"secret": {"survey", "memfd_secret"}, "uffd": {"survey", "userfaultfd"},
-		"aio": {"io_setup", "1 requests are under way", "IOCB_CMD_POLL"},
+		"aio":      {"io_setup", "1 requests are under way", "IOCB_CMD_POLL"},
+		"mqthread": {"survey", "message queue /told: task 1 waits to be told of a message by a thread (SIGEV_THREAD)"},
 	} {
 		t.Run(object, func(t *testing.T) {
 			c := newContainer(t, withReport("unsupported"), withArgs("/bin/unsupported", object)).run()
@@ -265,6 +266,29 @@ func TestHalfReadDirectory(t *testing.T) {
 	c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "read half-way")
 	c.mustBe(specs.StateRunning)
 	c.progress(5)
+}
+
+// TestQueuesWithinBundle asks for POSIX message queues without BPF, and restores
+// them into bundles that do not let them be.
+func TestQueuesWithinBundle(t *testing.T) {
+	c := newContainer(t, withReport("mqueues"), withArgs("/bin/mqueues")).run()
+	c.progress(3)
+	c.step(t, "without BPF", func(t *testing.T) {
+		t.Setenv("OCICKPT_NO_BPF", "1")
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "survey", "message queue /", "only BPF")
+		c.mustBe(specs.StateRunning)
+		c.progress(3)
+	})
+	c.checkpoint()
+	c.mustBeGone()
+	c.refusesBundles(t, map[string][3]string{
+		"the host's namespace": {`"type": "ipc"`, `"type": "cgroup"`, "no ipc namespace of its own"},
+		"smaller messages":     {`"linux": {`, `"linux": {"sysctl": {"fs.mqueue.msgsize_max": "4096"},`, "fs.mqueue.msgsize_max"},
+		"fewer queues":         {`"linux": {`, `"linux": {"sysctl": {"fs.mqueue.queues_max": "2"},`, "fs.mqueue.queues_max"},
+		"another user":         {`"uid": 0`, `"uid": 1000`, "uid 0"},
+	})
+	c.restore()
+	c.progress(3)
 }
 
 // TestIPCWithinBundle asks for what can be had of System V IPC only with BPF, and

@@ -73,6 +73,9 @@ func (n *census) Close() {
 	if n.nested != nil {
 		n.nested.Close()
 	}
+	if n.files != nil {
+		n.files.Close()
+	}
 }
 
 // named finds a file of the container's memory file systems.
@@ -125,6 +128,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
 	})
 	n.files.Views, n.files.Place = n.nested.Views, n.viewOf
+	if err := n.scanQueues(c); err != nil {
+		return err
+	}
 	for _, pid := range pids {
 		p, err := c.visit(pid)
 		if err == nil && p != nil {
@@ -513,4 +519,14 @@ func (n *census) viewOf(tid int) *namespace.View {
 		}
 	}
 	return nil
+}
+
+// tablesOf tells of a process by its host pid (file.Holder).
+func (n *census) tablesOf(host int) (inner int, tables []*file.Table) {
+	for _, p := range n.procs {
+		if p.tgid == host {
+			return p.inner, p.tables
+		}
+	}
+	return 0, nil
 }

@@ -294,6 +294,9 @@ func (k *checkpoint) look() error {
 			return fail.In(n.procs[i].name(), mm.RefuseRings(err))
 		}
 	}
+	if err := k.readQueues(n, false); err != nil {
+		return err
+	}
 	for _, check := range []func() error{
 		n.checkSharing, n.checkNarrow, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
@@ -349,6 +352,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
 		func() error { return k.readTerminals(n) },
+		func() error { return k.readQueues(n, true) },
 		n.checkSharing,
 		n.files.Fits,
 		n.files.CheckLocks,
@@ -401,6 +405,19 @@ func (k *checkpoint) readTerminals(n *census) error {
 		return nil
 	}
 	return n.files.Unread(k.learned.unread())
+}
+
+// readQueues reads what is in POSIX message queues, if there are any.
+func (k *checkpoint) readQueues(n *census, stopped bool) error {
+	if !n.files.HasQueues() {
+		return nil
+	}
+	q, err := k.learned.queues.ready()
+	if err != nil {
+		k.Log.Debug("message queues cannot be read by BPF", "error", err)
+		q = nil
+	}
+	return n.files.ReadQueues(q, n.tablesOf, stopped)
 }
 
 func (k *checkpoint) collectTask(p *process, children []*process) error {

@@ -129,7 +129,7 @@ func (c *container) describe(root string) error {
 		Hostname: config.Hostname, Domainname: config.Domainname,
 	}
 	for _, step := range []func(*libcontainer.State, *configs.Config) error{
-		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames, c.checkIPC,
+		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames,
 	} {
 		if err := step(state, &config); err != nil {
 			return err
@@ -334,7 +334,7 @@ func (c *container) readNames(_ *libcontainer.State, config *configs.Config) err
 // lookAgain repeats, at the stop, the checks that what runs can invalidate.
 func (c *container) lookAgain() error {
 	config := c.lib.Config()
-	for _, check := range []func(*libcontainer.State, *configs.Config) error{c.readMounts, c.readNames, c.checkIPC} {
+	for _, check := range []func(*libcontainer.State, *configs.Config) error{c.readMounts, c.readNames} {
 		if err := check(nil, &config); err != nil {
 			return err
 		}

@@ -85,6 +85,9 @@ func ipcPerm(o any) *image.IPCPerm {
 // created (to whom it gives one is the creator's business), and segments that
 // none can have locked.
 func (g *grants) checkIPC(o any) error {
+	if q, ok := o.(*image.Mqueue); ok {
+		return fail.On("message queue /"+q.Name, g.checkQueue(q))
+	}
 	p := ipcPerm(o)
 	if p == nil {
 		return nil
@@ -98,6 +101,20 @@ func (g *grants) checkIPC(o any) error {
 	}
 	if s, ok := o.(*image.Shmem); ok && s.SysV.Locked {
 		return fail.On(what, g.mayLock(s.Size))
+	}
+	return nil
+}
+
+// checkQueue refuses POSIX message queues of users that no task of the container
+// can have been.
+func (g *grants) checkQueue(q *image.Mqueue) error {
+	for _, uid := range []uint32{q.Creator, q.UID} {
+		if !g.mayBe(uid) {
+			return fail.Refuse("", fmt.Sprintf("it is uid %d's, which the bundle (user %d, without CAP_SETUID) does not give", uid, g.uid), "change the bundle if it may have it")
+		}
+	}
+	if !g.mayBeIn(q.GID) {
+		return fail.Refuse("", fmt.Sprintf("it is gid %d's, which the bundle (group %d, without CAP_SETGID) does not give", q.GID, g.gid), "change the bundle if it may have it")
 	}
 	return nil
 }

@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"math"
+	"os"
 	"slices"
 
-	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
@@ -26,13 +26,21 @@ func (c *container) ownIPC() bool {
 	})
 }
 
-// checkIPC refuses POSIX message queues in an ipc namespace that is the
-// container's own.
-func (c *container) checkIPC(*libcontainer.State, *configs.Config) error {
+// scanQueues reads the POSIX message queues of the container.
+func (n *census) scanQueues(c *container) error {
 	if !c.ownIPC() {
 		return nil
 	}
-	return nsutil.Inside(nsutil.Path(c.initPid, "ipc"), namespace.CheckQueues)
+	var dir *os.File
+	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
+		dir, err = namespace.OpenQueues()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return n.files.AddQueues(dir, func() image.Ref { return 0 })
 }
 
 // scanIPC reads the System V objects of the container.
@@ -129,7 +137,7 @@ func (r *restore) makeIPC() error {
 	if !r.ipc.Needed() {
 		return nil
 	}
-	if config := &r.made.config; !config.Namespaces.Contains(configs.NEWIPC) || config.Namespaces.PathOf(configs.NEWIPC) != "" {
+	if !r.made.ownIPC() {
 		return fail.Refuse("System V ipc", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
 	}
 	ns := nsutil.Path(r.made.stub.Pid, "ipc")
@@ -147,4 +155,28 @@ func (r *restore) makeIPC() error {
 		return nsutil.Inside(ns, func() error { return sysv.ChooseHere(kind, id) })
 	}
 	return r.ipc.Make()
+}
+
+// allowQueues lets the stub make as large POSIX message queues as a task of the
+// container may.
+func (r *restore) allowQueues() error {
+	if !slices.ContainsFunc(file.Refs(r.head), func(ref image.Ref) bool { return r.head.Mqueue(ref) != nil }) {
+		return nil
+	}
+	if !r.made.ownIPC() {
+		return fail.Refuse("POSIX message queues", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
+	}
+	hard, err := r.made.grants.hardLimit(unix.RLIMIT_MSGQUEUE)
+	if err != nil {
+		return err
+	}
+	if err := unix.Prlimit(r.made.stub.Pid, unix.RLIMIT_MSGQUEUE, &unix.Rlimit{Cur: hard, Max: hard}, nil); err != nil {
+		return fmt.Errorf("limit of message queues: %w", err)
+	}
+	return nil
+}
+
+// ownIPC reports an ipc namespace that is the new container's alone.
+func (m *made) ownIPC() bool {
+	return m.config.Namespaces.Contains(configs.NEWIPC) && m.config.Namespaces.PathOf(configs.NEWIPC) == ""
 }

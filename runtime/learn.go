@@ -17,6 +17,7 @@ type learned struct {
 	blocks, timers, undos question[*bpf.Question]
 	terminals             question[*bpf.Terminals]
 	rings                 question[*bpf.AIO]
+	queues                question[*bpf.Queues]
 	allBlocks             func() map[int]bpf.RestartBlock
 }
 
@@ -50,6 +51,7 @@ func (q *question[Q]) close() {
 func newLearned(log *slog.Logger) *learned {
 	l := &learned{log: log}
 	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load, l.rings.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals, bpf.NewAIO
+	l.queues.load = bpf.NewQueues
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
@@ -80,6 +82,7 @@ func (l *learned) ready() {
 	l.timers.wait.Wait()
 	l.undos.wait.Wait()
 	l.terminals.wait.Wait()
+	l.queues.wait.Wait()
 }
 
 func (l *learned) close() {
@@ -88,6 +91,7 @@ func (l *learned) close() {
 	l.undos.close()
 	l.terminals.close()
 	l.rings.close()
+	l.queues.close()
 }
 
 // ask asks. Without an answer the caller warns.

@@ -1,8 +1,6 @@
 package runtime
 
 import (
-	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -31,11 +29,6 @@ func checkMounts(c *container, config *configs.Config) error {
 		if !expected[m.Point] && !below(m.Point, config, "cgroup") && m.Point != "/dev/console" {
 			return fail.Refuse("mount "+m.Point, "the container mounted this "+m.FSType+" itself; such mounts are not supported yet", "unmount it before the checkpoint")
 		}
-		if m.FSType == "mqueue" {
-			if err := c.checkEmpty(m.Point, "mqueue"); err != nil {
-				return err
-			}
-		}
 	}
 	return nil
 }
@@ -49,24 +42,4 @@ func below(point string, config *configs.Config, device string) bool {
 		}
 	}
 	return false
-}
-
-// checkEmpty refuses a file system in memory that holds anything the engine has
-// not put there.
-func (c *container) checkEmpty(point, kind string) error {
-	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
-	fd, err := unix.Openat2(int(c.root.Fd()), point, &how)
-	if err != nil {
-		return fail.On(kind+" "+point, fmt.Errorf("look into it: %w", err))
-	}
-	dir := os.NewFile(uintptr(fd), point)
-	defer dir.Close()
-	entries, err := dir.ReadDir(-1)
-	if err != nil {
-		return fail.On(kind+" "+point, err)
-	}
-	for _, e := range entries {
-		return fail.Refuse(kind+" "+point, "it holds "+filepath.Join(point, e.Name())+", which is not supported yet", "remove it before the checkpoint")
-	}
-	return nil
 }

@@ -242,6 +242,9 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.makeIPC(); err != nil {
 		return err
 	}
+	if err := r.allowQueues(); err != nil {
+		return err
+	}
 	if err := r.maker.Make(); err != nil {
 		return err
 	}
@@ -699,6 +702,7 @@ func (r *restore) prepareThread(f *finishing, i int, s *tracee.Stub) error {
 		table = t.Files
 	}
 	r.maker.Own(&b, r.head.Files(table), t.Pid)
+	r.maker.Notify(&b, r.head.Files(table), f.pid)
 	task.RestoreThreadLast(&b, t, i)
 	_, err := s.Run(&b)
 	return task.Explain(err)

@@ -181,6 +181,15 @@ func (k *kernel) offset(name string, path ...string) (int32, error) {
 	return at, nil
 }
 
+// sizeOf is the size of a structure.
+func (k *kernel) sizeOf(name string) (int32, error) {
+	var s *btf.Struct
+	if err := k.spec.TypeByName(name, &s); err != nil {
+		return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
+	}
+	return int32(s.Size), nil
+}
+
 // offsets finds many, each by the name of a structure and the path in it.
 func (k *kernel) offsets(wanted map[string][]string) (map[string]int32, error) {
 	at := map[string]int32{}

@@ -36,6 +36,9 @@ func (m *Maker) opener(f *image.File) Identity {
 	if inode := m.head.Removed(f.Removed); inode != nil && inode.Link == "" {
 		return m.self // nobody else has it
 	}
+	if f.Kind == image.KindMqueue && f.Path == "" {
+		return m.self // it is as new as its queue, and may have come from anybody
+	}
 	return m.identityOf(f.Opener)
 }
 

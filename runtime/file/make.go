@@ -51,6 +51,9 @@ type Maker struct {
 	filling  image.Ref         // the one that is being filled, through file
 	file     *os.File
 	owned    map[image.Ref]bool
+	queues   map[image.Ref]int    // POSIX message queues
+	texts    map[image.Ref][]byte // of their messages
+	notified map[image.Ref]bool   // those whose task is to be told again
 }
 
 type madePipe struct {
@@ -74,6 +77,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, owned: map[image.Ref]bool{}, unnamed: map[image.Ref]int{},
+		queues: map[image.Ref]int{}, texts: map[image.Ref][]byte{}, notified: map[image.Ref]bool{},
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
@@ -154,6 +158,9 @@ func (m *Maker) Make() error {
 	if err := m.makePtys(); err != nil {
 		return err
 	}
+	if err := m.makeQueues(); err != nil {
+		return err
+	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
 		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 && f.Inside == 0 {
@@ -226,7 +233,7 @@ func (m *Maker) KeepProc() (proc, lastPid int, err error) {
 func (m *Maker) opens() (n int) {
 	for _, o := range m.head.Objects {
 		switch o := o.(type) {
-		case *image.File, *image.Shmem:
+		case *image.File, *image.Shmem, *image.Mqueue:
 			n++
 		case *image.Pipe, *image.Pty:
 			n += 2
@@ -629,7 +636,7 @@ func (m *Maker) numbers() []int {
 	for _, p := range m.pipes {
 		all = append(all, p.fd[:]...)
 	}
-	for _, segments := range []map[image.Ref]int{m.segments, m.readonly, m.anchors, m.unnamed} {
+	for _, segments := range []map[image.Ref]int{m.segments, m.readonly, m.anchors, m.unnamed, m.queues} {
 		for _, fd := range segments {
 			all = append(all, fd)
 		}
@@ -662,6 +669,9 @@ func (m *Maker) Seal() error {
 	if _, err := m.stub.Run(&b); err != nil {
 		return fmt.Errorf("size, seals and times of files in memory and without a name: %w", err)
 	}
+	if err := m.refillQueues(); err != nil {
+		return err
+	}
 	return m.refillTerminals()
 }
 
@@ -670,6 +680,10 @@ func (m *Maker) Seal() error {
 func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
 	if p := m.ptys[ref]; p != nil {
 		p.content = append(p.content, data...)
+		return nil
+	}
+	if _, ok := m.queues[ref]; ok {
+		m.texts[ref] = append(m.texts[ref], data...)
 		return nil
 	}
 	if _, ok := m.anchors[ref]; ok {

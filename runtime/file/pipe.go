@@ -116,6 +116,9 @@ func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
 	if err := s.saveRemoved(w, progress); err != nil {
 		return err
 	}
+	if err := s.saveQueues(w); err != nil {
+		return err
+	}
 	for _, p := range s.terminals {
 		if len(p.content) > 0 {
 			if err := w.Bytes(p.Ref, 0, p.content); err != nil {

@@ -106,6 +106,7 @@ type Description struct {
 	Record  *image.File
 	seen    *seen // one of its descriptors
 	pipe    *pipe
+	queue   *queue
 	segment *mm.Segment
 	targets []*Description // that it refers to; of an epoll by entry
 	places  []place        // that it watches
@@ -144,6 +145,7 @@ type Set struct {
 	terminals []*pty
 	pipes     map[uint64]*pipe
 	order     []*pipe
+	queues    queues
 	placed    []func() // complete records with the mount namespaces of their paths
 	sockets   *sock.Inside
 }
@@ -347,6 +349,9 @@ func (s *Set) Objects() []*object.Object {
 	}
 	for _, p := range s.terminals {
 		out = append(out, &p.Object)
+	}
+	for _, q := range s.queues.list {
+		out = append(out, &q.Object)
 	}
 	out = append(out, s.maps...)
 	done := map[*Description]bool{}

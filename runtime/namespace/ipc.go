@@ -31,36 +31,38 @@ func CheckIPC() error {
 			return fail.Refuse("System V ipc", fmt.Sprintf("it has %d objects of type %s; they are not supported yet", n, kind), "remove them before the checkpoint (ipcrm)")
 		}
 	}
-	return CheckQueues()
+	dir, err := OpenQueues()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err == nil && len(names) > 0 {
+		return fail.Refuse("message queue /"+names[0], "POSIX message queues in an ipc namespace that a task has made are not supported yet", "remove it before the checkpoint (mq_unlink)")
+	}
+	return err
 }
 
-// CheckQueues refuses POSIX message queues. They are files of a file system of
-// which each ipc namespace has one; it can be mounted for a look without a
-// place (fsmount(2)), unlike through anybody's /dev/mqueue.
-func CheckQueues() error {
+// OpenQueues opens the directory of the calling thread's POSIX message queues. They
+// are files of a file system of which each ipc namespace has one; it can be mounted
+// for a look without a place (fsmount(2)), unlike through anybody's /dev/mqueue.
+func OpenQueues() (*os.File, error) {
 	fs, err := unix.Fsopen("mqueue", unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return fmt.Errorf("message queues: %w", err)
+		return nil, fmt.Errorf("message queues: %w", err)
 	}
 	defer unix.Close(fs)
 	if err := unix.FsconfigCreate(fs); err != nil {
-		return fmt.Errorf("message queues: %w", err)
+		return nil, fmt.Errorf("message queues: %w", err)
 	}
-	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
 	if err != nil {
-		return fmt.Errorf("message queues: %w", err)
+		return nil, fmt.Errorf("message queues: %w", err)
 	}
-	dir := os.NewFile(uintptr(fd), "mqueue")
-	defer dir.Close()
-	list, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	defer unix.Close(mount)
+	fd, err := unix.Openat(mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("message queues: %w", err)
+		return nil, fmt.Errorf("message queues: %w", err)
 	}
-	open := os.NewFile(uintptr(list), "mqueue")
-	defer open.Close()
-	names, err := open.Readdirnames(-1)
-	if err == nil && len(names) > 0 {
-		return fail.Refuse("message queue /"+names[0], "POSIX message queues are not supported yet", "remove it before the checkpoint (mq_unlink)")
-	}
-	return err
+	return os.NewFile(uintptr(fd), "mqueue"), nil
 }

@@ -4,9 +4,13 @@
  */
 #include "hold.h"
 #include <linux/aio_abi.h>
+#include <linux/netlink.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
+#include <mqueue.h>
+#include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 
 #define PAGE 4096UL
 #define MEMFD_SECRET 447
@@ -50,6 +54,18 @@ static void hold_aio(void)
 	need(syscall(SYS_io_submit, ctx, 1L, &list) == 1);
 }
 
+/* As mq_notify(3) does it, which keeps the socket open. */
+static void hold_mqthread(void)
+{
+	static char cookie[32];
+	int sock = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0);
+	mqd_t q = mq_open("/told", O_RDWR | O_CREAT | O_EXCL, 0600, NULL);
+	struct sigevent e = { .sigev_notify = SIGEV_THREAD, .sigev_signo = sock };
+
+	e.sigev_value.sival_ptr = cookie;
+	need(sock >= 0 && q >= 0 && !syscall(SYS_mq_notify, q, &e) && !close(sock));
+}
+
 int main(int argc, char **argv)
 {
 	report_open("unsupported");
@@ -59,6 +75,8 @@ int main(int argc, char **argv)
 		hold_uffd();
 	if (wanted(argc, argv, "aio"))
 		hold_aio();
+	if (wanted(argc, argv, "mqthread"))
+		hold_mqthread();
 	for (;; doze(20 * MS))
 		tick();
 }
