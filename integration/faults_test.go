@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -247,6 +248,12 @@ func (c *container) afterBrokenRestore() {
 		if !waitFor(func() bool { return len(survivors(c)) == 0 }) {
 			c.t.Fatalf("processes survive the failed restore: %v", survivors(c))
 		}
+		// Its guardian takes the state away; who comes before that is told that
+		// the container exists.
+		waitFor(func() bool {
+			_, err := os.Stat(filepath.Join(c.root, c.id))
+			return errors.Is(err, os.ErrNotExist)
+		})
 		c.restore()
 	}
 	c.progress(5)

@@ -2,15 +2,33 @@ package integration
 
 import (
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
+
+// alone holds off other tests of the same kind, which run in other processes,
+// until this one is over: they change what the host has only once.
+func alone(t *testing.T, kind string) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(fixtures, kind+".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		t.Cleanup(func() { f.Close() })
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
 
 // TestHugePages takes huge pages through a journey. It sets some aside on the
 // host for as long as it takes, and makes sure that all are given back.
 func TestHugePages(t *testing.T) {
 	const pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+	alone(t, "hugepages")
 	read := func(name string) int {
 		t.Helper()
 		text, err := os.ReadFile(pool + name)
@@ -45,6 +63,7 @@ func TestHugePages(t *testing.T) {
 // TestHugePagesMissing restores where no huge pages are left: the refusal says so.
 func TestHugePagesMissing(t *testing.T) {
 	const pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+	alone(t, "hugepages")
 	before, err := os.ReadFile(pool)
 	if err != nil {
 		t.Fatal(err)
