@@ -52,7 +52,42 @@ func (b *builder) checkInode(n *Inode) error {
 	case len(n.Names) > maxLinks || format == formatDir && len(n.Names) > 1:
 		return fmt.Errorf("an inode of mode %#o with %d names", n.Mode, len(n.Names))
 	}
-	return first(b.checkNames(n.Names), checkXattrs(n.Xattrs))
+	return first(b.checkNames(n.Names), checkXattrs(n.Xattrs), b.checkMerged(n))
+}
+
+// RootPoint is the Point of the root file system. All of it is never in an image.
+const RootPoint = "/"
+
+// checkMerged checks what stays of a directory, and what does not.
+func (b *builder) checkMerged(n *Inode) error {
+	inMerged := n.Point == RootPoint
+	if len(n.Names) == 1 {
+		dir := object[Inode](&b.Head, n.Names[0].Dir)
+		inMerged = dir != nil && dir.Merged
+	}
+	switch {
+	case n.Point == RootPoint && !n.Merged:
+		return errors.New("a whole root file system")
+	case n.Point != "" && b.points[n.Point]:
+		return fmt.Errorf("a second file system at %s", quote(n.Point))
+	case n.Merged && (n.Mode&formatMask != formatDir || !inMerged):
+		return errors.New("only directories of the root file system are merged with what stands there")
+	case len(n.Gone) > 0 && !n.Merged:
+		return errors.New("names are gone from what is not merged")
+	}
+	seen := map[string]bool{}
+	for _, name := range n.Gone {
+		if !validName(name) || seen[name] {
+			return fmt.Errorf("%s is no name in a directory, or is gone from it twice", quote(name))
+		}
+		seen[name] = true
+	}
+	return nil
+}
+
+// validName reports whether a name is one in a directory, and never leads out.
+func validName(name string) bool {
+	return name != "" && name != "." && name != ".." && !strings.Contains(name, "/") && len(name) <= maxName
 }
 
 func (b *builder) checkNames(names []Name) error {
@@ -62,7 +97,7 @@ func (b *builder) checkNames(names []Name) error {
 		switch {
 		case dir == nil || dir.Mode&formatMask != formatDir:
 			return fmt.Errorf("reference %d names no directory before it", name.Dir)
-		case name.Name == "" || name.Name == "." || name.Name == ".." || strings.Contains(name.Name, "/") || len(name.Name) > maxName:
+		case !validName(name.Name):
 			return fmt.Errorf("%s is no name in a directory", quote(name.Name))
 		case b.names[name] || seen[name]:
 			return fmt.Errorf("the name %s stands twice in directory #%d", quote(name.Name), name.Dir)
@@ -101,5 +136,11 @@ func (b *builder) keepInode(ref Ref, n *Inode) {
 	}
 	for _, name := range n.Names {
 		b.names[name] = true
+	}
+	for _, name := range n.Gone {
+		b.names[Name{ref, name}] = true
+	}
+	if n.Point != "" {
+		b.points[n.Point] = true
 	}
 }

@@ -98,7 +98,8 @@ type builder struct {
 	spaceOf  map[Ref]Ref               // the address space of those who have these signal actions
 	progress map[Ref]uint64            // where the next TypeBytes of an object may begin, or pages of one with a donor
 	places   map[Ref]place             // of inodes
-	names    map[Name]bool             // taken
+	names    map[Name]bool             // taken, or gone
+	points   map[string]bool           // of file systems
 	lent     map[Ref]bool              // address spaces of which others have borrowed
 	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
 	mqueues  map[queueName]bool        // that are taken
@@ -111,6 +112,7 @@ func newBuilder() *builder {
 		progress: map[Ref]uint64{},
 		places:   map[Ref]place{},
 		names:    map[Name]bool{},
+		points:   map[string]bool{},
 		lent:     map[Ref]bool{},
 		ipc:      map[string]map[int32]bool{},
 		mqueues:  map[queueName]bool{},

@@ -432,6 +432,24 @@ func TestBadObjects(t *testing.T) {
 			return len(n.Names) == 2
 		})},
 		{"is no name in a directory", on(func(n *Inode) bool { n.Names = []Name{{refTmpfs, strings.Repeat("x", 256)}}; return n.Point == "" })},
+		{"a whole root file system", on(func(n *Inode) bool { n.Merged = false; return n.Point == "/" })},
+		{`a second file system at "/dev/shm"`, on(func(n *Inode) bool {
+			mine := n.Point == "/"
+			n.Point, n.Merged, n.Gone = "/dev/shm", false, nil
+			return mine
+		})},
+		{"only directories of the root", on(func(n *Inode) bool { n.Merged = true; return n.Point == "/dev/shm" })},
+		{"only directories of the root", on(func(n *Inode) bool { n.Merged = true; return n.Mode == 0o100644 })},
+		{"gone from what is not merged", on(func(n *Inode) bool { n.Gone = []string{"x"}; return !n.Merged })},
+		{`".." is no name`, on(func(n *Inode) bool { n.Gone = []string{".."}; return n.Merged })},
+		{`"a" is no name in a directory, or is gone from it twice`, on(func(n *Inode) bool { n.Gone = append(n.Gone, "a"); return n.Merged && len(n.Names) == 1 })},
+		{`"gone\xff" stands twice`, on(func(n *Inode) bool {
+			mine := len(n.Names) == 2 && n.Names[0].Name == "c"
+			if mine {
+				n.Names[1].Name = "gone\xff"
+			}
+			return mine
+		})},
 		{`attribute "user.note" is not valid`, on(func(n *Inode) bool { n.Xattrs = append(n.Xattrs, n.Xattrs...); return n.Xattrs != nil })},
 		{"comm", on(func(k *Task) bool { k.Threads[0].Comm = []byte("sixteen bytes ok"); return true })},
 	} {

@@ -592,9 +592,10 @@ type Pty struct {
 	Ends       []byte    `cbor:"19,keyasint,omitempty"` // a bit for each byte of Input: it ends a line
 }
 
-// Inode is a file in one of the container's own file systems in memory
-// (tmpfs). Its bytes follow as TypeBytes records of the same reference in the
-// contents section, holes left out.
+// Inode is a file in one of the container's own file systems in memory (tmpfs),
+// or one that it has changed in its root file system. Its bytes follow as
+// TypeBytes records of the same reference in the contents section, holes left
+// out.
 type Inode struct {
 	Point  string  `cbor:"1,keyasint,omitempty"` // of a root: where the bundle mounts the file system
 	Names  []Name  `cbor:"2,keyasint,omitempty"` // of all others: where it stands, hard links included
@@ -607,6 +608,11 @@ type Inode struct {
 	Atime  int64   `cbor:"9,keyasint"`           // nanoseconds
 	Mtime  int64   `cbor:"10,keyasint"`
 	Xattrs []Xattr `cbor:"11,keyasint,omitempty"`
+
+	// Of directories in the root file system: what else stands in a merged one
+	// stays, but for the names that are gone. All others hold what the image has.
+	Merged bool     `cbor:"40,keyasint,omitempty"`
+	Gone   []string `cbor:"41,keyasint,omitempty"`
 }
 
 // Name is an entry of a directory.

@@ -45,6 +45,9 @@ const (
 	refMessages
 	refMqueue
 	refMqd
+	refRoot
+	refRootDir
+	refRootFile
 )
 
 const areaHeap = 0x7f0000001000
@@ -151,6 +154,9 @@ func sampleObjects() []sampleRecord {
 		{TypeMessages, Messages{Perm: IPCPerm{ID: 5}, MaxBytes: 16384, Messages: []Message{{Type: 1}, {Type: 1 << 40}}}},
 		{TypeMqueue, Mqueue{Name: "work\xff", UID: 33, Mode: 0o640, MaxCount: 10, MaxSize: 8192, Messages: []MqueueText{{Priority: 9}, {}}, Notify: &MqueueNotify{Pid: 1, Signal: 10, Value: 1 << 40}}},
 		{TypeFile, File{Kind: KindMqueue, Flags: 2, Pipe: refMqueue}},
+		{TypeInode, Inode{Point: "/", Mode: 0o40755, Merged: true, Gone: []string{"gone\xff"}}},
+		{TypeInode, Inode{Names: []Name{{refRoot, "etc"}}, Mode: 0o40755, Merged: true, Gone: []string{"a", "b"}}},
+		{TypeInode, Inode{Names: []Name{{refRootDir, "c"}, {refRoot, "d"}}, Mode: 0o100644}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

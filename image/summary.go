@@ -54,6 +54,17 @@ type ContainerSummary struct {
 	Cgroups  map[string]string `json:"cgroups"`
 	Mounts   int               `json:"mounts"`
 	Links    []string          `json:"links"`
+	// FileSystems are those of which something is in the image.
+	FileSystems []FileSystemSummary `json:"fileSystems,omitempty"`
+}
+
+// FileSystemSummary is what the image has of a file system: all of one in memory,
+// of the root what has changed.
+type FileSystemSummary struct {
+	Point  string `json:"point"`
+	Inodes int    `json:"inodes"`
+	Gone   int    `json:"gone,omitempty"` // names that were removed
+	Bytes  uint64 `json:"bytes"`          // sizes together, holes included
 }
 
 // NamespaceSummary is one namespace.
@@ -202,7 +213,7 @@ func summarize(h *Head, stored storage) *Summary {
 		Kernel:     strings.TrimSpace(h.Header.Uname.Sysname + " " + h.Header.Uname.Release),
 		Machine:    h.Arch.Machine,
 		Options:    []string{},
-		Container:  containerSummary(&h.Container),
+		Container:  containerSummary(h),
 		Namespaces: namespaceSummaries(&h.Container),
 		Nested:     nestedSummaries(&h.Tree),
 		Processes:  processSummaries(h),
@@ -217,7 +228,8 @@ func summarize(h *Head, stored storage) *Summary {
 	return s
 }
 
-func containerSummary(c *Container) ContainerSummary {
+func containerSummary(h *Head) ContainerSummary {
+	c := &h.Container
 	s := ContainerSummary{
 		ID: c.ID, Runtime: c.Runtime, Bundle: c.Bundle, Hostname: c.Hostname,
 		Paused: c.Paused, Cgroups: c.Cgroups, Mounts: len(c.Mounts), Links: []string{},
@@ -225,7 +237,27 @@ func containerSummary(c *Container) ContainerSummary {
 	for _, l := range c.Links {
 		s.Links = append(s.Links, strings.TrimSpace(l.Name+" "+strings.Join(l.Addresses, " ")))
 	}
+	s.FileSystems = fileSystemSummaries(h)
 	return s
+}
+
+func fileSystemSummaries(h *Head) (list []FileSystemSummary) {
+	at := map[Ref]int{} // of directories, their file system in the list
+	for _, ref := range slices.Sorted(maps.Keys(h.Objects)) {
+		n := h.Inode(ref)
+		if n == nil {
+			continue
+		}
+		if n.Point != "" {
+			at[ref] = len(list)
+			list = append(list, FileSystemSummary{Point: n.Point})
+		} else {
+			at[ref] = at[n.Names[0].Dir]
+		}
+		fs := &list[at[ref]]
+		fs.Inodes, fs.Gone, fs.Bytes = fs.Inodes+1, fs.Gone+len(n.Gone), fs.Bytes+n.Size
+	}
+	return list
 }
 
 func namespaceSummaries(c *Container) []NamespaceSummary {

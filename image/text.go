@@ -83,6 +83,14 @@ func (s *Summary) textHeader(w io.Writer) {
 	})
 }
 
+func (f *FileSystemSummary) text() string {
+	files := count(uint64(f.Inodes), "file")
+	if f.Point == RootPoint {
+		files += fmt.Sprintf(" changed, %s removed", count(uint64(f.Gone), "name"))
+	}
+	return fmt.Sprintf("%s: %s, %s", printable(f.Point), files, size(f.Bytes))
+}
+
 // String gives the sizes in one line.
 func (r *Report) String() string {
 	return fmt.Sprintf("%s, %s, %s", count(r.Records, "record"), size(r.Bytes), count(r.Pages, "page"))
@@ -104,6 +112,9 @@ func (s *Summary) textContainer(w io.Writer) {
 				name = "namespaces"
 			}
 			fmt.Fprintf(t, "  %s\t%s\n", name, namespaceText(ns))
+		}
+		for _, fs := range c.FileSystems {
+			field(t, "file system", fs.text())
 		}
 		for _, controller := range slices.Sorted(maps.Keys(c.Cgroups)) {
 			field(t, "cgroup", strings.TrimSpace(printable(controller)+" "+printable(c.Cgroups[controller])))

@@ -90,7 +90,7 @@ func (n *census) named(dev, ino uint64) string {
 
 // remade reports whether a device is one of them.
 func (n *census) remade(dev uint64) bool {
-	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev })
+	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev && t.Point != image.RootPoint })
 }
 
 func (p *process) name() string { return task.Name(p.inner, p.tgid, p.comm) }
@@ -116,6 +116,11 @@ func (c *container) takeCensus(pids []int, running bool) (*census, error) {
 func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if n.memory, err = c.scanTmpfs(); err != nil {
 		return err
+	}
+	if root, err := c.scanRoot(); err != nil {
+		return err
+	} else if root != nil {
+		n.memory = append(n.memory, root)
 	}
 	if err := n.scanIPC(c); err != nil {
 		return err

@@ -43,7 +43,12 @@ type CheckpointOptions struct {
 	// RefuseExec: a process that was brought in by runc exec fails the
 	// checkpoint instead of being saved.
 	RefuseExec bool
-	Log        *slog.Logger
+	// RootfsDiff: what the container has changed in its root file system goes
+	// into the image. RootfsManifest tells what was there before, where the root is
+	// no overlay.
+	RootfsDiff     bool
+	RootfsManifest string
+	Log            *slog.Logger
 }
 
 // Report says how a journey went.
@@ -186,6 +191,11 @@ func (k *checkpoint) prepare(context.Context) error {
 	k.c = c
 	if err == nil {
 		k.confine.expect(c)
+		if k.RootfsDiff || k.RootfsManifest != "" {
+			err = c.openRootDiff(k.RootfsManifest)
+		}
+	}
+	if err == nil {
 		c.refuseGuests = k.RefuseExec
 		k.learned = newLearned(k.Log)
 		err = k.expect()

@@ -22,6 +22,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/rootfs"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
@@ -44,7 +45,8 @@ type container struct {
 	bounding    []string // capabilities that its bundle gives
 	// refuseGuests: processes brought in from outside are not to be kept.
 	refuseGuests bool
-	places       *file.Places // where watched files were found
+	places       *file.Places  // where watched files were found
+	rootDiff     rootfs.Source // nil: not asked for
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -112,6 +114,9 @@ func (c *container) Close() error {
 	var errs error
 	if c.root != nil {
 		errs = c.root.Close()
+	}
+	if c.rootDiff != nil {
+		errs = errors.Join(errs, c.rootDiff.Close())
 	}
 	return errs
 }

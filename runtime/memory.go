@@ -69,7 +69,7 @@ func (c *container) scanTmpfs() (trees []*tmpfs.Tree, err error) {
 			_ = f.Close()
 			return trees, err
 		}
-		t, err := tmpfs.Scan(f, m.Point, coveredIn(c.record.Mounts, m), c.maps)
+		t, err := tmpfs.Scan(f, m.Point, coveredIn(c.record.Mounts, m), c.maps, nil)
 		if err != nil {
 			_ = f.Close()
 			return trees, err
@@ -96,6 +96,9 @@ func (r *restore) makeTmpfs() error {
 		return err
 	}
 	for ref, point := range points {
+		if point == image.RootPoint {
+			continue
+		}
 		m := mountAt(mounts, point)
 		if m == nil || !ownTmpfs(&r.made.config, m) {
 			return fail.Refuse("tmpfs "+point, "the bundle mounts none there", "restore with the bundle of the checkpoint")
@@ -106,12 +109,15 @@ func (r *restore) makeTmpfs() error {
 		}
 		var tree *tmpfs.Tree
 		if err == nil {
-			tree, err = tmpfs.Scan(root, point, coveredIn(mounts, m), ids)
+			tree, err = tmpfs.Scan(root, point, coveredIn(mounts, m), ids, nil)
 		}
 		if err != nil {
 			return fail.On("tmpfs "+point, err)
 		}
-		r.memory.Root(ref, fd, tree)
+		r.memory.Root(ref, fd, tree, nil)
+	}
+	if err := r.prepareRoot(points, mounts, ids); err != nil {
+		return fail.On("root file system", err)
 	}
 	return r.memory.Make()
 }

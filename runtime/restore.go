@@ -46,9 +46,11 @@ type RestoreOptions struct {
 	Detach        bool
 	// FileValidation is one of FileValidations, "" for the first.
 	FileValidation string
-	SystemdCgroup  bool
-	NoPivot        bool
-	NoNewKeyring   bool
+	// RootfsDiff is one of RootfsDiffs, "" for the first.
+	RootfsDiff    string
+	SystemdCgroup bool
+	NoPivot       bool
+	NoNewKeyring  bool
 	// LeaveFrozen: nothing of the container runs before somebody thaws it
 	// (runc resume).
 	LeaveFrozen bool
@@ -69,6 +71,7 @@ type restore struct {
 	service *tracee.Service
 	maker   *file.Maker
 	memory  *tmpfs.Maker
+	root    *rootDiff
 	ipc     *sysv.Maker
 	undone  map[uint32]bool      // semaphore undo lists that have their adjustments
 	stubs   map[int]*tracee.Stub // by pid inside the container
@@ -132,6 +135,9 @@ func (r *restore) close() {
 	}
 	if r.memory != nil {
 		r.memory.Close()
+	}
+	if r.root != nil {
+		_ = r.root.Close()
 	}
 	if r.contents != nil {
 		r.contents.cancel()
@@ -783,18 +789,21 @@ func (r *restore) endZombies() error {
 }
 
 // settle makes the container an ordinary one for its runtime: the state file
-// gets the true configuration, the cgroup its limits.
+// gets the true configuration, the cgroup its limits. What was changed in the root
+// file system is not put back from here on, for nobody is to see what that takes.
 func (r *restore) settle(context.Context) error {
 	if err := r.made.lib.Set(r.made.config); err != nil {
 		return fmt.Errorf("resource limits: %w", err)
 	}
-	if r.PidFile == "" {
-		return nil
+	if r.PidFile != "" {
+		if _, err := r.guard.Promise(guardian.Remove(r.PidFile)); err != nil {
+			return err
+		}
+		if err := writePidFile(r.PidFile, r.made.stub.Pid); err != nil {
+			return err
+		}
 	}
-	if _, err := r.guard.Promise(guardian.Remove(r.PidFile)); err != nil {
-		return err
-	}
-	return writePidFile(r.PidFile, r.made.stub.Pid)
+	return fail.On("root file system", r.root.keep())
 }
 
 // release lets everything go in one act: detached while the cgroup is frozen,

@@ -22,6 +22,8 @@ var checkpointCommand = &cli.Command{
 		&cli.StringFlag{Name: "image", Usage: "file for the image, or - for standard output"},
 		&cli.StringFlag{Name: "work-path", Usage: "directory for logs"},
 		&cli.BoolFlag{Name: "leave-running", Usage: "let the container go on afterwards"},
+		&cli.BoolFlag{Name: "rootfs-diff", Usage: "save what the container has changed in its root file system, an overlay"},
+		&cli.StringFlag{Name: "rootfs-manifest", Usage: "likewise where it is none: `FILE` is of ocickpt manifest, before the first start"},
 		&cli.StringFlag{Name: "exec-sessions", Value: "keep", Usage: "processes of runc exec: keep them, or fail"},
 	},
 	Action: checkpoint,
@@ -46,7 +48,7 @@ func checkpoint(c *cli.Context) error {
 	}
 	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
 		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"),
-		RefuseExec: sessions == "fail", Log: log,
+		RefuseExec: sessions == "fail", RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"), Log: log,
 	})
 	if work := c.String("work-path"); work != "" {
 		err = errors.Join(err, dumpLog(work, err))

@@ -54,7 +54,7 @@ func main() {
 			&cli.BoolFlag{Name: "debug", Usage: "log what takes how long"},
 			&cli.BoolFlag{Name: "systemd-cgroup", Usage: "let systemd manage the restored container's cgroup"},
 		},
-		Commands: []*cli.Command{checkpointCommand, restoreCommand, inspectCommand, verifyCommand, checkCommand},
+		Commands: []*cli.Command{checkpointCommand, restoreCommand, inspectCommand, verifyCommand, checkCommand, manifestCommand},
 		// Errors are printed once, below.
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   func(_ *cli.Context, err error, _ bool) error { return err },

@@ -31,6 +31,7 @@ var restoreCommand = &cli.Command{
 		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
 		&cli.StringFlag{Name: "console-socket", Usage: "unix socket that takes the master of the container's terminal, with --detach"},
 		&cli.StringFlag{Name: "file-validation", Value: runtime.FileValidations[0], Usage: "how far files must be as they were: " + strings.Join(runtime.FileValidations, ", ")},
+		&cli.StringFlag{Name: "rootfs-diff", Value: runtime.RootfsDiffs[0], Usage: "what the image has changed in the root file system: " + strings.Join(runtime.RootfsDiffs, ", ")},
 		&cli.BoolFlag{Name: "no-pivot", Usage: "do not use pivot_root (the root is a ramdisk)"},
 		&cli.BoolFlag{Name: "no-new-keyring", Usage: "do not make a session keyring for the container"},
 	},
@@ -54,8 +55,11 @@ func restore(c *cli.Context) error {
 	if v := c.String("file-validation"); !slices.Contains(runtime.FileValidations, v) {
 		return fmt.Errorf("--file-validation %s: it is one of %s", v, strings.Join(runtime.FileValidations, ", "))
 	}
+	if v := c.String("rootfs-diff"); !slices.Contains(runtime.RootfsDiffs, v) {
+		return fmt.Errorf("--rootfs-diff %s: it is one of %s", v, strings.Join(runtime.RootfsDiffs, ", "))
+	}
 	o := runtime.RestoreOptions{
-		LeaveFrozen: c.Bool("leave-frozen"), FileValidation: c.String("file-validation"),
+		LeaveFrozen: c.Bool("leave-frozen"), FileValidation: c.String("file-validation"), RootfsDiff: c.String("rootfs-diff"),
 		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
 		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
 	}

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/runtime/aside"
 	"github.com/ocickpt/ocickpt/runtime/halt"
 )
 
@@ -27,6 +28,7 @@ const (
 	kindRemoveCgroups kind = "remove cgroups"
 	kindKill          kind = "kill"
 	kindUnmount       kind = "unmount"
+	kindPutBack       kind = "put back"
 )
 
 // Undo is one way back, made by one of the constructors of this package. All of
@@ -117,6 +119,12 @@ func Unmount(path string) Undo {
 	return Undo{Kind: kindUnmount, Paths: [][]byte{[]byte(path)}, MountID: id}
 }
 
+// PutBack undoes by making a directory tree what it was before a restore began to
+// change it (aside.PutBack).
+func PutBack(a *aside.Area) Undo {
+	return Undo{Kind: kindPutBack, Paths: [][]byte{[]byte(a.Root), []byte(a.Journal)}, Value: []byte(a.Dir)}
+}
+
 // String names the act, for error messages.
 func (u Undo) String() string {
 	switch u.Kind {
@@ -146,6 +154,9 @@ func (u Undo) check() error {
 		if p := string(path); !filepath.IsAbs(p) || filepath.Clean(p) != p {
 			return fmt.Errorf("%v: %q is not an absolute path without \"..\"", u, p)
 		}
+	}
+	if u.Kind == kindPutBack && (len(u.Paths) != 2 || len(u.Value) == 0) {
+		return fmt.Errorf("%v: no journal", u)
 	}
 	if u.Kind == kindRelease && len(u.Controllers) != len(u.Paths) {
 		return fmt.Errorf("%v: %d paths for %d controllers", u, len(u.Paths), len(u.Controllers))
@@ -178,6 +189,8 @@ func (u Undo) Do() error {
 		err = kill(u.PID, u.Start)
 	case kindUnmount:
 		err = unmount(u.path(), u.MountID)
+	case kindPutBack:
+		err = aside.PutBack(u.path(), string(u.Value), string(u.Paths[1]))
 	default:
 		err = errors.New("unknown kind of undo")
 	}

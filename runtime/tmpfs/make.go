@@ -4,13 +4,16 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"path"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/fault"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -39,11 +42,27 @@ type fresh struct {
 	fd     int // of the root, in the stub
 	tree   *Tree
 	byPath map[string]*inode
+	aside  Aside // of the root file system, which outlives the container
+}
+
+// Aside takes what is in the way in a file system that others see too, so that it
+// can be put back. It plans at first: nothing is done before all is planned.
+type Aside interface {
+	// Move returns the path, from the root, that what is at a path is renamed to.
+	Move(path string) string
+	// Make tells of a path where something is made.
+	Make(path string)
+	// Change tells of one whose attributes are changed, or of a directory that is
+	// removed.
+	Change(path string) error
+	// Begin ends the planning.
+	Begin() error
 }
 
 // entry is an inode of the image and what becomes of it.
 type entry struct {
 	*image.Inode
+	root  image.Ref
 	fs    *fresh
 	paths []string
 	have  *inode // what the engine has made there already; nil: it is made anew
@@ -61,11 +80,60 @@ func NewMaker(head *image.Head, stub Stub, refs []image.Ref) *Maker {
 	for _, ref := range refs {
 		if n := head.Inode(ref); n != nil {
 			m.order = append(m.order, ref)
-			m.entries[ref] = &entry{Inode: n}
+			m.entries[ref] = m.entry(ref, n)
 		}
 	}
 	return m
 }
+
+// entry finds where an inode goes.
+func (m *Maker) entry(ref image.Ref, n *image.Inode) *entry {
+	if n.Point != "" {
+		return &entry{Inode: n, root: ref, paths: []string{"."}}
+	}
+	e := &entry{Inode: n, root: m.entries[n.Names[0].Dir].root}
+	for _, name := range n.Names {
+		e.paths = append(e.paths, below(m.entries[name.Dir].paths[0], name.Name))
+	}
+	return e
+}
+
+// Selection is what must be seen of the file system that a root of the image goes
+// into.
+func (m *Maker) Selection(root image.Ref) Selection {
+	w := wanted{dirs: map[string]*image.Inode{}, names: map[string][]string{}}
+	for _, ref := range m.order {
+		e := m.entries[ref]
+		if e.root != root {
+			continue
+		}
+		if e.Mode&unix.S_IFMT == unix.S_IFDIR {
+			w.dirs[e.paths[0]] = e.Inode
+		}
+		for i, name := range e.Names {
+			dir := path.Dir(e.paths[i])
+			w.names[dir] = append(w.names[dir], name.Name)
+		}
+	}
+	return w
+}
+
+// wanted is a Selection by what an image has.
+type wanted struct {
+	dirs  map[string]*image.Inode
+	names map[string][]string
+}
+
+// Directory: of what the image merges only what it changes, of all others all.
+func (w wanted) Directory(path string, _ ID) (Part, error) {
+	if n := w.dirs[path]; n != nil && n.Merged {
+		return Part{Names: slices.Concat(w.names[path], n.Gone), Merged: true}, nil
+	}
+	return Part{All: true}, nil
+}
+
+// Entry reports true: all that is named is wanted.
+func (w wanted) Entry(string, ID) bool { return true }
 
 // Points lists the mount points of the image's file systems by their roots.
 func (m *Maker) Points() map[image.Ref]string {
@@ -79,9 +147,9 @@ func (m *Maker) Points() map[image.Ref]string {
 }
 
 // Root tells the file system that a root of the image goes into: its number in
-// the stub, and what stands in it already.
-func (m *Maker) Root(ref image.Ref, fd int, tree *Tree) {
-	f := &fresh{fd: fd, tree: tree, byPath: map[string]*inode{}}
+// the stub, what stands in it already, and where that goes if not nowhere.
+func (m *Maker) Root(ref image.Ref, fd int, tree *Tree, aside Aside) {
+	f := &fresh{fd: fd, tree: tree, byPath: map[string]*inode{}, aside: aside}
 	for _, n := range slices.Concat(tree.dirs[1:], tree.others) {
 		for _, p := range n.paths {
 			f.byPath[p] = n
@@ -98,53 +166,65 @@ func (m *Maker) Make() error {
 			return err
 		}
 	}
-	for root, f := range m.roots {
-		if err := m.fill(root, f); err != nil {
-			return fail.On("tmpfs "+f.tree.Point, err)
+	for _, root := range slices.Sorted(maps.Keys(m.roots)) {
+		if err := m.fill(m.roots[root]); err != nil {
+			return fail.On(m.roots[root].tree.Name(), err)
 		}
 	}
 	return nil
 }
 
-// locate finds where an inode goes and whether it is there already.
+// locate finds whether an inode is there already.
 func (m *Maker) locate(ref image.Ref) error {
 	e := m.entries[ref]
+	if e.fs = m.roots[e.root]; e.fs == nil {
+		return nil // left out
+	}
 	if e.Point != "" {
-		if e.fs = m.roots[ref]; e.fs == nil {
-			return fmt.Errorf("no file system for %s", e.Point)
-		}
-		e.paths, e.have = []string{"."}, e.fs.tree.dirs[0]
+		e.have = e.fs.tree.dirs[0]
 		return nil
 	}
-	for _, name := range e.Names {
-		dir := m.entries[name.Dir]
-		e.fs = dir.fs
-		path := name.Name
-		if dir.Point == "" {
-			path = dir.paths[0] + "/" + name.Name
-		}
+	for _, path := range e.paths {
 		if e.fs.tree.covered[path] {
-			return fail.Refuse("tmpfs "+e.fs.tree.Point, path+" has a mount on it now", "restore with the bundle of the checkpoint")
+			return fail.Refuse(e.fs.tree.Name(), path+" has a mount on it now", "restore with the bundle of the checkpoint")
 		}
-		e.paths = append(e.paths, path)
 	}
-	if n := e.fs.byPath[e.paths[0]]; n != nil && n.record.Mode&unix.S_IFMT == e.Mode&unix.S_IFMT && n.record.Rdev == e.Rdev && n.record.Target == e.Target {
+	n := e.fs.byPath[e.paths[0]]
+	if n == nil || n.record.Mode&unix.S_IFMT != e.Mode&unix.S_IFMT || n.record.Rdev != e.Rdev || n.record.Target != e.Target {
+		return nil
+	}
+	if e.fs.aside == nil || e.Mode&unix.S_IFMT == unix.S_IFDIR || e.isThere(n) {
 		e.have = n
 	}
 	return nil
 }
 
+// isThere reports that an inode stands in the root file system as it is to be,
+// but for times: the engine has made it there as it did before, and the bundle's
+// own process need not be able to. Of files with content that cannot be said.
+func (e *entry) isThere(n *inode) bool {
+	sameXattr := func(a, b image.Xattr) bool { return a.Name == b.Name && string(a.Value) == string(b.Value) }
+	return e.Size == 0 && n.record.Size == 0 && e.Mode == n.record.Mode && e.UID == n.record.UID && e.GID == n.record.GID &&
+		n.links == uint32(len(e.paths)) && slices.Equal(slices.Sorted(slices.Values(e.paths)), slices.Sorted(slices.Values(n.paths))) &&
+		slices.EqualFunc(e.Xattrs, n.record.Xattrs, sameXattr)
+}
+
 // fill makes one file system hold what it is to.
-func (m *Maker) fill(root image.Ref, f *fresh) error {
+func (m *Maker) fill(f *fresh) error {
 	var own []*entry
 	for _, ref := range m.order {
 		if e := m.entries[ref]; e.fs == f {
 			own = append(own, e)
 		}
 	}
+	files, dirs := f.inTheWay(own)
+	goes, err := f.plan(own, files, dirs)
+	if err != nil {
+		return err
+	}
 	j := &job{m: m, fs: f}
 	j.add("", func(b *tracee.Batch) { b.Add(unix.SYS_UMASK, tracee.W(0)) })
-	j.remove(own)
+	j.remove(files, dirs, goes)
 	for _, e := range own {
 		j.create(e)
 	}
@@ -186,6 +266,9 @@ func (j *job) flush() error {
 	if j.err != nil || len(j.steps) == 0 {
 		return j.err
 	}
+	if err := fault.Point("tmpfs.job"); err != nil {
+		return err
+	}
 	var ends []int
 	_, err := j.m.stub.AsBundle(func(b *tracee.Batch) {
 		b.Add(unix.SYS_FCHDIR, tracee.W(j.fs.fd))
@@ -207,28 +290,73 @@ func (j *job) flush() error {
 	return err
 }
 
-// remove takes away what the engine has made and the image does not have.
-func (j *job) remove(own []*entry) {
+// inTheWay lists what is there and the image does not have: files, and
+// directories behind what is in them.
+func (f *fresh) inTheWay(own []*entry) (files, dirs []string) {
 	kept := map[string]bool{}
 	for _, e := range own {
 		for _, p := range e.paths {
-			kept[p] = e.have != nil && (j.fs.byPath[p] == e.have || p == ".")
+			kept[p] = e.have != nil && (f.byPath[p] == e.have || p == ".")
 		}
 	}
-	gone := func(n *inode, flags int) {
-		for _, p := range n.paths {
-			if !kept[p] {
-				j.add(p, func(b *tracee.Batch) {
-					b.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.String(p), tracee.W(flags))
-				})
+	gone := func(n *inode) []string {
+		return slices.DeleteFunc(slices.Clone(n.paths), func(p string) bool { return kept[p] })
+	}
+	for _, n := range f.tree.others {
+		files = append(files, gone(n)...)
+	}
+	for _, n := range slices.Backward(f.tree.dirs[1:]) {
+		dirs = append(dirs, gone(n)...)
+	}
+	return files, dirs
+}
+
+// plan tells aside what will be done, and returns where files go that are in the
+// way, by their paths.
+func (f *fresh) plan(own []*entry, files, dirs []string) (map[string]string, error) {
+	if f.aside == nil {
+		return nil, nil
+	}
+	goes := map[string]string{}
+	for _, p := range files {
+		goes[p] = f.aside.Move(p)
+	}
+	change := slices.Clone(dirs)
+	for _, e := range own {
+		if e.have != nil {
+			change = append(change, e.paths[0])
+		}
+	}
+	for _, p := range change {
+		if err := f.aside.Change(p); err != nil {
+			return nil, err
+		}
+	}
+	for _, e := range own {
+		for _, p := range e.paths {
+			if e.have == nil {
+				f.aside.Make(p)
 			}
 		}
 	}
-	for _, n := range j.fs.tree.others {
-		gone(n, 0)
+	return goes, f.aside.Begin()
+}
+
+// remove takes away what is in the way.
+func (j *job) remove(files, dirs []string, goes map[string]string) {
+	for _, p := range files {
+		j.add(p, func(b *tracee.Batch) {
+			if to := goes[p]; to != "" {
+				b.Add(unix.SYS_RENAME, b.String(p), b.String(to))
+			} else {
+				b.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.String(p), tracee.W(0))
+			}
+		})
 	}
-	for _, n := range slices.Backward(j.fs.tree.dirs[1:]) {
-		gone(n, unix.AT_REMOVEDIR)
+	for _, p := range dirs {
+		j.add(p, func(b *tracee.Batch) {
+			b.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.String(p), tracee.W(unix.AT_REMOVEDIR))
+		})
 	}
 }
 
@@ -345,6 +473,9 @@ const (
 // Fill puts bytes into a file. They are written by the stub: the memory that
 // they take is the container's. Data is not kept.
 func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
+	if m.entries[ref].fs == nil {
+		return nil
+	}
 	if m.bytes+len(data) > gatherBytes || len(m.pending) >= gatherPieces {
 		if err := m.Flush(); err != nil {
 			return err
@@ -421,7 +552,7 @@ func (m *Maker) explain(err error, pieces []piece, first, calls int) error {
 
 func (m *Maker) blame(ref image.Ref, err error) error {
 	e := m.entries[ref]
-	return fail.On("tmpfs "+e.fs.tree.Point, fmt.Errorf("%s cannot be filled: %w", e.paths[0], err))
+	return fail.On(e.fs.tree.Name(), fmt.Errorf("%s cannot be filled: %w", e.paths[0], err))
 }
 
 // Finish sets all times once more: by making and filling they became now. Those
@@ -432,7 +563,7 @@ func (m *Maker) Finish() error {
 	}
 	for _, f := range m.roots {
 		if err := m.privileges(f); err != nil {
-			return fail.On("tmpfs "+f.tree.Point, err)
+			return fail.On(f.tree.Name(), err)
 		}
 	}
 	for chunk := range slices.Chunk(m.order, jobSize) {
@@ -498,7 +629,7 @@ func isCapability(x image.Xattr) bool { return x.Name == capability }
 
 func (m *Maker) times(b *tracee.Batch, refs []image.Ref, found bool) {
 	for _, ref := range refs {
-		if e := m.entries[ref]; (e.have != nil) == found {
+		if e := m.entries[ref]; e.fs != nil && (e.have != nil) == found {
 			setTimes(b, e.fs.fd, e, found)
 		}
 	}

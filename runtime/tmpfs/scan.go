@@ -25,6 +25,15 @@ type IDs interface {
 	Group(host uint32) uint32
 }
 
+// HostIDs leave ids as the host has them.
+type HostIDs struct{}
+
+// User is a uid.
+func (HostIDs) User(host uint32) uint32 { return host }
+
+// Group is a gid.
+func (HostIDs) Group(host uint32) uint32 { return host }
+
 // Tree is what one file system in memory holds.
 type Tree struct {
 	Point string
@@ -39,23 +48,58 @@ type Tree struct {
 	others  []*inode
 	dev     uint64
 	buf     []byte
-	numbers map[uint64]*inode // others by inode number
+	numbers map[ID]*inode // others
+	part    Selection
+}
+
+// ID tells one inode from all others, and with the time of its last change from
+// what it was before.
+type ID struct {
+	Dev, Ino uint64
+	Ctime    int64 // nanoseconds
+}
+
+// same is the ID without what changes.
+func (id ID) same() ID { return ID{Dev: id.Dev, Ino: id.Ino} }
+
+// Selection says which part of a file system is scanned.
+type Selection interface {
+	// Directory is asked about each directory, before what stands in it.
+	Directory(path string, id ID) (Part, error)
+	// Entry reports whether an entry that is no directory belongs to the part.
+	Entry(path string, id ID) bool
+}
+
+// Part is what is scanned of a directory.
+type Part struct {
+	All   bool // every name in it
+	Names []string
+	// Merged: what else stands in it, or will, is none of the scan's business.
+	Merged bool
+	// Gone are names that something has taken away from it, Expected some that
+	// have been taken away if they are not there.
+	Gone, Expected []string
+	// Passage: the directory itself belongs to the part only if something in it
+	// does.
+	Passage bool
 }
 
 // inode is one file with all its names.
 type inode struct {
 	object.Object
-	record *image.Inode
-	path   string // first name, relative to the root
-	paths  []string
-	dirs   []*inode // of the names
-	blocks int64
+	record  *image.Inode
+	id      ID
+	links   uint32
+	path    string // first name, relative to the root
+	paths   []string
+	dirs    []*inode // of the names
+	passage bool
 }
 
-// Scan reads a file system from its root directory, which the tree keeps. It
-// changes nothing, access times neither.
-func Scan(root *os.File, point string, covered []string, ids IDs) (*Tree, error) {
-	t := &Tree{Point: point, root: root, ids: ids, covered: map[string]bool{}, numbers: map[uint64]*inode{}}
+// Scan reads a file system, or part of it, from its root directory, which the
+// tree keeps. It changes nothing, access times neither.
+func Scan(root *os.File, point string, covered []string, ids IDs, part Selection) (*Tree, error) {
+	t := &Tree{Point: point, root: root, ids: ids, covered: map[string]bool{}, numbers: map[ID]*inode{}, part: part}
 	for _, p := range covered {
 		t.covered[p] = true
 	}
@@ -72,10 +116,60 @@ func Scan(root *os.File, point string, covered []string, ids IDs) (*Tree, error)
 	t.dirs = append(t.dirs, top)
 	for i := 0; i < len(t.dirs); i++ {
 		if err := t.list(t.dirs[i]); err != nil {
-			return nil, fail.On("tmpfs "+point, err)
+			return nil, fail.On(t.Name(), err)
 		}
 	}
+	t.prune()
 	return t, nil
+}
+
+// prune leaves out directories that lead to nothing.
+func (t *Tree) prune() {
+	needed := map[*inode]bool{t.dirs[0]: true}
+	for _, n := range t.others {
+		for _, d := range n.dirs {
+			needed[d] = true
+		}
+	}
+	for _, d := range slices.Backward(t.dirs[1:]) {
+		if needed[d] = needed[d] || !d.passage || len(d.record.Gone) > 0; needed[d] {
+			needed[d.dirs[0]] = true
+		}
+	}
+	t.dirs = slices.DeleteFunc(t.dirs, func(d *inode) bool { return !needed[d] })
+}
+
+// Name is what messages call the file system.
+func (t *Tree) Name() string { return nameOf(t.Point) }
+
+func nameOf(point string) string {
+	if point == "/" {
+		return "root file system"
+	}
+	return "tmpfs " + point
+}
+
+// Each calls f for every name in the tree, "." being the root.
+func (t *Tree) Each(f func(path string, id ID, isDir bool)) {
+	f(".", t.dirs[0].id, true)
+	for _, n := range t.dirs[1:] {
+		f(n.path, n.id, true)
+	}
+	for _, n := range t.others {
+		for _, p := range n.paths {
+			f(p, n.id, false)
+		}
+	}
+}
+
+// Partial lists files that have names outside the tree.
+func (t *Tree) Partial() (paths []string) {
+	for _, n := range t.others {
+		if int(n.links) > len(n.paths) {
+			paths = append(paths, n.path)
+		}
+	}
+	return paths
 }
 
 // Close releases the root.
@@ -105,24 +199,57 @@ func (t *Tree) list(dir *inode) error {
 		return err
 	}
 	defer f.Close()
-	names, err := f.Readdirnames(-1)
+	names, err := t.names(dir, f)
 	if err != nil {
 		return err
 	}
 	for _, name := range slices.Backward(names) {
-		path := name
-		if dir.path != "." {
-			path = dir.path + "/" + name
-		}
+		path := below(dir.path, name)
 		if t.covered[path] {
 			continue
 		}
 		err := t.entry(dir, int(f.Fd()), name, path)
 		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return fail.On("tmpfs "+t.Point, fmt.Errorf("%s: %w", path, err))
+			return fail.On(t.Name(), fmt.Errorf("%s: %w", path, err))
 		}
 	}
 	return nil
+}
+
+func below(dir, name string) string {
+	if dir == "." {
+		return name
+	}
+	return dir + "/" + name
+}
+
+// names lists the names in a directory that are looked at, and notes what is gone.
+func (t *Tree) names(dir *inode, f *os.File) ([]string, error) {
+	if t.part == nil {
+		return f.Readdirnames(-1)
+	}
+	part, err := t.part.Directory(dir.path, dir.id)
+	if err != nil {
+		return nil, err
+	}
+	if part.All {
+		if part.Names, err = f.Readdirnames(-1); err != nil {
+			return nil, err
+		}
+	}
+	there := map[string]bool{}
+	for _, name := range part.Names {
+		there[name] = true
+	}
+	for _, name := range part.Expected {
+		if !there[name] {
+			part.Gone = append(part.Gone, name)
+		}
+	}
+	part.Gone = slices.DeleteFunc(part.Gone, func(name string) bool { return t.covered[below(dir.path, name)] })
+	slices.Sort(part.Gone)
+	dir.record.Merged, dir.record.Gone, dir.passage = part.Merged, part.Gone, part.Passage
+	return part.Names, nil
 }
 
 func (t *Tree) entry(dir *inode, fd int, name, path string) error {
@@ -130,20 +257,25 @@ func (t *Tree) entry(dir *inode, fd int, name, path string) error {
 	if err := unix.Statx(fd, name, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_BASIC_STATS, &st); err != nil {
 		return err
 	}
-	n := t.numbers[st.Ino]
+	isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
+	id := identify(&st)
+	if t.part != nil && !isDir && !t.part.Entry(path, id) {
+		return nil
+	}
+	n := t.numbers[id.same()]
 	if n == nil {
 		if len(path) >= unix.PathMax {
-			return fail.Refuse("tmpfs "+t.Point, "it holds directories nested deeper than a path can name", "remove them")
+			return fail.Refuse(t.Name(), "it holds directories nested deeper than a path can name", "remove them")
 		}
 		var err error
 		if n, err = t.read(&st, fd, name, path); err != nil {
 			return err
 		}
-		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		if isDir {
 			t.dirs = append(t.dirs, n)
 		} else {
 			t.others = append(t.others, n)
-			t.numbers[st.Ino] = n
+			t.numbers[id.same()] = n
 		}
 	}
 	n.record.Names = append(n.record.Names, image.Name{Name: name})
@@ -152,24 +284,28 @@ func (t *Tree) entry(dir *inode, fd int, name, path string) error {
 	return nil
 }
 
+func identify(st *unix.Statx_t) ID {
+	return ID{unix.Mkdev(st.Dev_major, st.Dev_minor), st.Ino, st.Ctime.Sec*1e9 + int64(st.Ctime.Nsec)}
+}
+
 // lost are inode flags (statx(2)) that a copy would not have.
 const lost = unix.STATX_ATTR_APPEND | unix.STATX_ATTR_IMMUTABLE | unix.STATX_ATTR_NODUMP
 
 // read makes the record of the inode called name in the directory fd.
 func (t *Tree) read(st *unix.Statx_t, fd int, name, path string) (*inode, error) {
 	if st.Attributes&lost != 0 {
-		return nil, fail.Refuse("tmpfs "+t.Point, path+" has inode flags (chattr), which are not supported", "take them away (chattr -iad)")
+		return nil, fail.Refuse(t.Name(), path+" has inode flags (chattr), which are not supported", "take them away (chattr -iad)")
 	}
 	rec := &image.Inode{
 		Mode: uint32(st.Mode), UID: t.ids.User(st.Uid), GID: t.ids.Group(st.Gid),
 		Atime: st.Atime.Sec*1e9 + int64(st.Atime.Nsec), Mtime: st.Mtime.Sec*1e9 + int64(st.Mtime.Nsec),
 	}
-	n := &inode{record: rec, path: path}
+	n := &inode{record: rec, id: identify(st), links: st.Nlink, path: path}
 	n.Object = object.Object{Type: image.TypeInode, Record: rec, Complete: n.complete}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		rec.Size, n.blocks = st.Size, int64(st.Blocks)*512
-		t.Used += n.blocks
+		rec.Size = st.Size
+		t.Used += int64(st.Blocks) * 512
 	case unix.S_IFCHR, unix.S_IFBLK:
 		rec.Rdev = unix.Mkdev(st.Rdev_major, st.Rdev_minor)
 	case unix.S_IFLNK:
@@ -256,8 +392,8 @@ func (t *Tree) Dev() uint64 { return t.dev }
 
 // Named is the path, from the container's root, of a file of the tree, or "".
 func (t *Tree) Named(dev, ino uint64) string {
-	if n := t.numbers[ino]; n != nil && dev == t.dev {
-		return t.Point + "/" + n.path
+	if n := t.numbers[ID{Dev: dev, Ino: ino}]; n != nil {
+		return strings.TrimSuffix(t.Point, "/") + "/" + n.path
 	}
 	return ""
 }
@@ -277,14 +413,14 @@ const chunk = 1 << 20
 func (t *Tree) Save(w *image.Writer, progress func() error) error {
 	var buf []byte
 	for _, n := range t.others {
-		if n.blocks == 0 {
+		if n.record.Size == 0 {
 			continue
 		}
 		if buf == nil {
 			buf = make([]byte, chunk)
 		}
 		if err := t.saveFile(w, n, buf, progress); err != nil {
-			return fail.On("tmpfs "+t.Point, fmt.Errorf("%s: %w", n.path, err))
+			return fail.On(t.Name(), fmt.Errorf("%s: %w", n.path, err))
 		}
 	}
 	return nil
