@@ -115,3 +115,24 @@ func TestTargets(t *testing.T) {
 		}
 	}
 }
+
+func TestListFiles(t *testing.T) {
+	s, err := Inspect(bytes.NewReader(sampleImage(t)))
+	check(t, err)
+	var text, b bytes.Buffer
+	check(t, s.WriteFiles(&text))
+	golden(t, "testdata/files.txt", text.Bytes())
+	check(t, s.WriteFilesJSON(&b))
+	var back []Listed
+	check(t, json.Unmarshal(b.Bytes(), &back))
+	if len(back) != strings.Count(text.String(), "\n")-1 || back[0].Kind != KindStdio || back[0].Tasks[0] != 1 {
+		t.Errorf("as JSON the list is %+v", back)
+	}
+}
+
+// TestDescribe lists a kind of file that nobody has found words for.
+func TestDescribe(t *testing.T) {
+	if got := describe(&File{Kind: "new", Pipe: 7, Eventfd: &Eventfd{Count: 5}}); got != `eventfd {"Count":5,"Semaphore":false}, #7` {
+		t.Error(got)
+	}
+}

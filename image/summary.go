@@ -17,22 +17,24 @@ import (
 // it are as the image has them; WriteText escapes them.
 type Summary struct {
 	Report
-	Revision   uint32             `json:"revision"`
-	Time       time.Time          `json:"time"`
-	Tool       string             `json:"tool"`
-	Kernel     string             `json:"kernel"`
-	Machine    string             `json:"machine"`
-	Options    []string           `json:"options"`
-	Failure    *Failure           `json:"failure,omitempty"` // the image ends in an error record
-	Container  ContainerSummary   `json:"container"`
-	Processes  []ProcessSummary   `json:"processes"` // parents before children
-	Tables     []TableSummary     `json:"files"`
-	Memory     []MemorySummary    `json:"memory"`
-	Shared     []SharedSummary    `json:"sharedMemory"`
-	Sections   []SectionSummary   `json:"sections"`
-	Warnings   []string           `json:"warnings"`
-	Namespaces []NamespaceSummary `json:"namespaces"`
-	Nested     []NestedSummary    `json:"nested,omitempty"`
+	Revision  uint32           `json:"revision"`
+	Time      time.Time        `json:"time"`
+	Tool      string           `json:"tool"`
+	Kernel    string           `json:"kernel"`
+	Machine   string           `json:"machine"`
+	Options   []string         `json:"options"`
+	Failure   *Failure         `json:"failure,omitempty"` // the image ends in an error record
+	Container ContainerSummary `json:"container"`
+	Processes []ProcessSummary `json:"processes"` // parents before children
+	Tables    []TableSummary   `json:"files"`
+	// Loose are open files that no table has.
+	Loose      []DescriptorSummary `json:"loose,omitempty"`
+	Memory     []MemorySummary     `json:"memory"`
+	Shared     []SharedSummary     `json:"sharedMemory"`
+	Sections   []SectionSummary    `json:"sections"`
+	Warnings   []string            `json:"warnings"`
+	Namespaces []NamespaceSummary  `json:"namespaces"`
+	Nested     []NestedSummary     `json:"nested,omitempty"`
 }
 
 // Failure is the error record of a checkpoint that failed.
@@ -217,11 +219,11 @@ func summarize(h *Head, stored storage) *Summary {
 		Namespaces: namespaceSummaries(&h.Container),
 		Nested:     nestedSummaries(&h.Tree),
 		Processes:  processSummaries(h),
-		Tables:     tableSummaries(h),
 		Memory:     memorySummaries(h, stored),
 		Shared:     sharedSummaries(h, stored),
 		Warnings:   append([]string{}, h.Container.Warnings...),
 	}
+	s.Tables, s.Loose = tableSummaries(h)
 	if h.Header.Options.LeaveRunning {
 		s.Options = append(s.Options, "leave-running")
 	}
@@ -348,12 +350,12 @@ func waitStatus(status uint32) string {
 	return fmt.Sprintf("exit status %d", status>>8&0xff)
 }
 
-// users returns the pids of the tasks that share each object that part names,
-// ordered by pid, and the objects in the order of those.
-func users(h *Head, part func(*Task) Ref) (refs []Ref, pids map[Ref][]int32) {
+// users returns the pids, or tids, that share each object that parts tells of a
+// task, ordered, and the objects in the order of those.
+func users(h *Head, parts func(t *Task, has func(Ref, int32))) (refs []Ref, pids map[Ref][]int32) {
 	pids = map[Ref][]int32{}
 	for _, t := range h.Tasks {
-		pids[part(t)] = append(pids[part(t)], t.Pid)
+		parts(t, func(ref Ref, id int32) { pids[ref] = append(pids[ref], id) })
 	}
 	for _, list := range pids {
 		slices.Sort(list)
@@ -362,9 +364,19 @@ func users(h *Head, part func(*Task) Ref) (refs []Ref, pids map[Ref][]int32) {
 	return refs, pids
 }
 
-func tableSummaries(h *Head) []TableSummary {
+// tables are the descriptor tables of a task and who of it has them.
+func (t *Task) tables(has func(Ref, int32)) {
+	has(t.Files, t.Pid)
+	for i := range t.Threads {
+		if t.Threads[i].Files != 0 {
+			has(t.Threads[i].Files, t.Threads[i].Tid)
+		}
+	}
+}
+
+func tableSummaries(h *Head) ([]TableSummary, []DescriptorSummary) {
 	list := []TableSummary{}
-	refs, pids := users(h, func(t *Task) Ref { return t.Files })
+	refs, pids := users(h, (*Task).tables)
 	holders := fileHolders(h, refs, pids)
 	for _, ref := range refs {
 		s := TableSummary{Ref: ref, Pids: pids[ref], Descriptors: []DescriptorSummary{}}
@@ -374,7 +386,7 @@ func tableSummaries(h *Head) []TableSummary {
 		slices.SortFunc(s.Descriptors, func(a, b DescriptorSummary) int { return cmp.Compare(a.FD, b.FD) })
 		list = append(list, s)
 	}
-	return list
+	return list, looseFiles(h, holders)
 }
 
 // holder is one descriptor of an open file, in the table of process pid.
@@ -442,7 +454,10 @@ func target(h *Head, f *File) string {
 	case KindStdio:
 		return [...]string{"standard input", "standard output", "standard error"}[f.Stdio]
 	}
-	if f.Removed != 0 {
+	switch {
+	case f.Path == "":
+		return describe(f)
+	case f.Removed != 0:
 		return f.Path + " (deleted)"
 	}
 	return f.Path
@@ -537,7 +552,7 @@ func openFlags(flags uint32, cloexec bool) string {
 
 func memorySummaries(h *Head, stored storage) []MemorySummary {
 	list := []MemorySummary{}
-	refs, pids := users(h, func(t *Task) Ref { return t.MM })
+	refs, pids := users(h, func(t *Task, has func(Ref, int32)) { has(t.MM, t.Pid) })
 	for _, ref := range refs {
 		list = append(list, memorySummary(h.MM(ref), ref, pids[ref], stored[ref]))
 	}

@@ -36,8 +36,10 @@ func (s *Summary) WriteText(w io.Writer) error {
 
 // WriteJSON writes the summary for programs, indented. Characters that a
 // terminal could act on are escaped beyond what JSON asks for.
-func (s *Summary) WriteJSON(w io.Writer) error {
-	text, err := json.MarshalIndent(s, "", "  ")
+func (s *Summary) WriteJSON(w io.Writer) error { return writeJSON(w, s) }
+
+func writeJSON(w io.Writer, v any) error {
+	text, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode the summary: %w", err)
 	}

@@ -25,6 +25,7 @@ An image that ends in the error record of a failed checkpoint is shown as far
 as it goes, with the error.`,
 	Flags: []cli.Flag{
 		&cli.BoolFlag{Name: "json", Usage: "print JSON instead of text"},
+		&cli.BoolFlag{Name: "files", Usage: "list every descriptor: whose, what, and who shares it"},
 	},
 	Action: func(c *cli.Context) error {
 		return withImage(c, func(r io.Reader, _ string) error {
@@ -32,10 +33,10 @@ as it goes, with the error.`,
 			if err != nil {
 				return err
 			}
-			if c.Bool("json") {
-				return s.WriteJSON(c.App.Writer)
+			write := map[[2]bool]func(io.Writer) error{
+				{false, false}: s.WriteText, {false, true}: s.WriteJSON, {true, false}: s.WriteFiles, {true, true}: s.WriteFilesJSON,
 			}
-			return s.WriteText(c.App.Writer)
+			return write[[2]bool{c.Bool("files"), c.Bool("json")}](c.App.Writer)
 		})
 	},
 }
