@@ -48,7 +48,11 @@ type CheckpointOptions struct {
 	// no overlay.
 	RootfsDiff     bool
 	RootfsManifest string
-	Log            *slog.Logger
+	// External are the keys of open files that are left out, to be given anew at
+	// the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE],
+	// tty[DEVICE:INODE].
+	External []string
+	Log      *slog.Logger
 }
 
 // Report says how a journey went.
@@ -197,6 +201,9 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	if err == nil {
 		c.refuseGuests = k.RefuseExec
+		err = c.leaveOut(k.External)
+	}
+	if err == nil {
 		k.learned = newLearned(k.Log)
 		err = k.expect()
 	}
