@@ -72,7 +72,9 @@ type Uname struct {
 
 // Options are the choices of this checkpoint that restore must know.
 type Options struct {
-	LeaveRunning bool `cbor:"1,keyasint,omitempty"`
+	LeaveRunning   bool `cbor:"1,keyasint,omitempty"`
+	TCPEstablished bool `cbor:"2,keyasint,omitempty"`
+	SkipInFlight   bool `cbor:"3,keyasint,omitempty"` // connections that no program had accepted were left out
 }
 
 // Arch describes the machine as far as the saved registers depend on it.
@@ -119,6 +121,7 @@ type Container struct {
 	Boottime    int64             `cbor:"19,keyasint"`           // CLOCK_BOOTTIME likewise
 	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
 	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
+	Hold        string            `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
 }
 
 // Namespace is one namespace of the container.
@@ -504,7 +507,6 @@ const (
 	KindPtmx      = "ptmx"
 	KindTTY       = "tty"
 	KindMqueue    = "mqueue"
-	KindExternal  = "external"
 )
 
 // File is one open file description; exactly the part its Kind needs is set.
@@ -532,8 +534,6 @@ type File struct {
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
-
-	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
@@ -692,6 +692,33 @@ type Socket struct {
 	Mode      uint32      `cbor:"9,keyasint,omitempty"` // unix: that file's mode
 	UID       uint32      `cbor:"10,keyasint,omitempty"`
 	GID       uint32      `cbor:"11,keyasint,omitempty"`
+	TCP       *TCP        `cbor:"30,keyasint,omitempty"` // of a TCP socket that has, or had, a peer
+}
+
+// TCP is a connection, as TCP_REPAIR takes it apart and puts it together. The
+// bytes of its queues follow as TypeBytes records of the reference of its open
+// file in the contents section, those to be read first.
+type TCP struct {
+	State        uint8     `cbor:"1,keyasint"`           // TCP_* of include/net/tcp_states.h; TCP_CLOSE: it has ended
+	Peer         []byte    `cbor:"2,keyasint,omitempty"` // struct sockaddr of getpeername(2)
+	Receive      Stream    `cbor:"3,keyasint"`
+	Send         Stream    `cbor:"4,keyasint"`
+	Unsent       uint32    `cbor:"5,keyasint,omitempty"` // bytes at the end of Send that have never been sent
+	MSS          uint32    `cbor:"6,keyasint,omitempty"` // what the peer takes
+	Agreed       uint8     `cbor:"7,keyasint,omitempty"` // bits of tcpi_options: 1 timestamps, 2 SACK, 4 window scale
+	SendScale    uint8     `cbor:"8,keyasint,omitempty"`
+	ReceiveScale uint8     `cbor:"9,keyasint,omitempty"`
+	Timestamp    uint32    `cbor:"10,keyasint,omitempty"` // TCP_TIMESTAMP
+	Window       [5]uint32 `cbor:"11,keyasint"`           // struct tcp_repair_window
+	Buffers      [2]uint32 `cbor:"12,keyasint"`           // SO_SNDBUF and SO_RCVBUF as they are
+	ShutRead     bool      `cbor:"13,keyasint,omitempty"` // shutdown(2) with SHUT_RD
+	Error        int32     `cbor:"14,keyasint,omitempty"` // SO_ERROR of one that has ended
+}
+
+// Stream is one direction of a connection.
+type Stream struct {
+	Seq   uint32 `cbor:"1,keyasint"`           // sequence number of its first byte, or the next one
+	Bytes uint32 `cbor:"2,keyasint,omitempty"` // in the queue
 }
 
 // SocketOpt is one setsockopt(2).

@@ -28,21 +28,15 @@ type Summary struct {
 	Processes []ProcessSummary `json:"processes"` // parents before children
 	Tables    []TableSummary   `json:"files"`
 	// Loose are open files that no table has.
-	Loose      []DescriptorSummary `json:"loose,omitempty"`
-	Memory     []MemorySummary     `json:"memory"`
-	Shared     []SharedSummary     `json:"sharedMemory"`
-	Sections   []SectionSummary    `json:"sections"`
-	External   []ExternalSummary   `json:"external,omitempty"`
-	Warnings   []string            `json:"warnings"`
-	Namespaces []NamespaceSummary  `json:"namespaces"`
-	Nested     []NestedSummary     `json:"nested,omitempty"`
-}
-
-// ExternalSummary is an open file that is left out and has to be given anew.
-type ExternalSummary struct {
-	Key  string `json:"key"`
-	Was  string `json:"was"` // as /proc/PID/fd showed it
-	Task int32  `json:"task"`
+	Loose    []DescriptorSummary `json:"loose,omitempty"`
+	Memory   []MemorySummary     `json:"memory"`
+	Shared   []SharedSummary     `json:"sharedMemory"`
+	Sections []SectionSummary    `json:"sections"`
+	Warnings []string            `json:"warnings"`
+	// Hold is the table of nftables that holds the packets of its connections off.
+	Hold       string             `json:"hold,omitempty"`
+	Namespaces []NamespaceSummary `json:"namespaces"`
+	Nested     []NestedSummary    `json:"nested,omitempty"`
 }
 
 // Failure is the error record of a checkpoint that failed.
@@ -223,30 +217,23 @@ func summarize(h *Head, stored storage) *Summary {
 		Kernel:     strings.TrimSpace(h.Header.Uname.Sysname + " " + h.Header.Uname.Release),
 		Machine:    h.Arch.Machine,
 		Options:    []string{},
+		Hold:       h.Container.Hold,
 		Container:  containerSummary(h),
 		Namespaces: namespaceSummaries(&h.Container),
 		Nested:     nestedSummaries(&h.Tree),
 		Processes:  processSummaries(h),
 		Memory:     memorySummaries(h, stored),
 		Shared:     sharedSummaries(h, stored),
-		External:   externalSummaries(h),
 		Warnings:   append([]string{}, h.Container.Warnings...),
 	}
 	s.Tables, s.Loose = tableSummaries(h)
+	if h.Header.Options.TCPEstablished {
+		s.Options = append(s.Options, "tcp established")
+	}
 	if h.Header.Options.LeaveRunning {
 		s.Options = append(s.Options, "leave-running")
 	}
 	return s
-}
-
-func externalSummaries(h *Head) (list []ExternalSummary) {
-	for _, o := range h.Objects {
-		if f, ok := o.(*File); ok && f.Kind == KindExternal {
-			list = append(list, ExternalSummary{f.Key, f.Path, f.Opener})
-		}
-	}
-	slices.SortFunc(list, func(a, b ExternalSummary) int { return cmp.Compare(a.Key, b.Key) })
-	return list
 }
 
 func containerSummary(h *Head) ContainerSummary {
@@ -453,8 +440,6 @@ func target(h *Head, f *File) string {
 	case KindShmem:
 		m := h.Shmem(f.Pipe)
 		return strings.TrimSpace(fmt.Sprintf("%s #%d, %d bytes", m.Name, f.Pipe, m.Size))
-	case KindExternal:
-		return f.Key + ", was " + f.Path
 	case KindMqueue:
 		q := h.Mqueue(f.Pipe)
 		return fmt.Sprintf("/%s #%d, %d of %d messages", q.Name, f.Pipe, len(q.Messages), q.MaxCount)
@@ -525,21 +510,23 @@ func socketTarget(s *Socket) string {
 	if s.Listening {
 		words = append(words, "listening")
 	}
-	words = append(words, socketAddress(s))
+	words = append(words, socketAddress(s.Family, s.Address, s.Path))
+	if t := s.TCP; t != nil {
+		words = append(words, "to", socketAddress(s.Family, t.Peer, ""), fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
+	}
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), " ")
 }
 
 // socketAddress shows the address of a struct sockaddr_in, _in6 or a unix
 // socket's path; other families have none that people read.
-func socketAddress(s *Socket) string {
-	a := s.Address
+func socketAddress(family int32, a []byte, path string) string {
 	switch {
-	case s.Family == afUnix:
-		return s.Path
-	case s.Family == afInet && len(a) >= 8:
+	case family == afUnix:
+		return path
+	case family == afInet && len(a) >= 8:
 		ip := netip.AddrFrom4([4]byte(a[4:8]))
 		return netip.AddrPortFrom(ip, binary.BigEndian.Uint16(a[2:])).String()
-	case s.Family == afInet6 && len(a) >= 24:
+	case family == afInet6 && len(a) >= 24:
 		ip := netip.AddrFrom16([16]byte(a[8:24]))
 		return netip.AddrPortFrom(ip, binary.BigEndian.Uint16(a[2:])).String()
 	}

@@ -26,6 +26,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/halt"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -48,11 +49,11 @@ type CheckpointOptions struct {
 	// no overlay.
 	RootfsDiff     bool
 	RootfsManifest string
-	// External are the keys of open files that are left out, to be given anew at
-	// the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE],
-	// tty[DEVICE:INODE].
-	External []string
-	Log      *slog.Logger
+	// TCPEstablished: connections of TCP are kept; else they are refused.
+	TCPEstablished bool
+	// SkipInFlight: those that no program has accepted yet are left out.
+	SkipInFlight bool
+	Log          *slog.Logger
 }
 
 // Report says how a journey went.
@@ -87,6 +88,7 @@ type checkpoint struct {
 	learned *learned
 	confine landlock
 
+	sealed  bool // the guardian's way is forward only
 	halt    *halt.Halt
 	waiting map[int]bpf.VforkParent // threads that wait in vfork, by host tid
 	census  *census
@@ -140,6 +142,7 @@ func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
 		{"survey", k.survey},
 		{"stop", k.stop},
 		{"collect", k.collect},
+		{"read connections", k.readConnections},
 		{"write the head", k.writeHead},
 		{"write the contents", k.writeContents},
 		{"check for newcomers", k.checkNewcomers},
@@ -201,14 +204,12 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	if err == nil {
 		c.refuseGuests = k.RefuseExec
-		err = c.leaveOut(k.External)
-	}
-	if err == nil {
+		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Warn: c.warn}
 		k.learned = newLearned(k.Log)
 		err = k.expect()
 	}
 	if err == nil {
-		err = k.head.fill(k.LeaveRunning)
+		err = k.head.fill(image.Options{LeaveRunning: k.LeaveRunning, TCPEstablished: k.TCPEstablished, SkipInFlight: k.SkipInFlight})
 	}
 	if e := <-started; err == nil {
 		err = e
@@ -240,10 +241,10 @@ func (k *checkpoint) expect() error {
 }
 
 // fill makes the records that describe the machine and this program.
-func (h *headRecords) fill(leaveRunning bool) error {
+func (h *headRecords) fill(options image.Options) error {
 	h.header = image.Header{
 		Magic: image.HeaderMagic, Revision: image.Revision, ByteOrder: "little", Tool: Version,
-		Options: image.Options{LeaveRunning: leaveRunning},
+		Options: options,
 	}
 	if _, err := rand.Read(h.header.ID[:]); err != nil {
 		return err
@@ -672,8 +673,11 @@ func (k *checkpoint) commit(context.Context) error {
 }
 
 // release ends the stop: the container runs on, or ends.
-func (k *checkpoint) release(context.Context) error {
+func (k *checkpoint) release(ctx context.Context) error {
 	if !k.LeaveRunning {
+		if err := k.silence(ctx); err != nil {
+			return err
+		}
 		k.kill()
 		k.report.Stopped = time.Since(k.stopped)
 		return nil
@@ -687,6 +691,9 @@ func (k *checkpoint) release(context.Context) error {
 func (k *checkpoint) kill() {
 	for _, pid := range k.halt.Pids() {
 		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	if k.sealed {
+		_ = k.halt.Thaw(context.Background()) // cgroup v1 holds even those that are to die
 	}
 	reapAll(k.halt.Traced())
 	for tid := range k.halt.Waiting { // not ours to reap
@@ -737,10 +744,13 @@ func (k *checkpoint) settleAfter(context.Context) error {
 		k.Log.Warn("memory is shared by fork with other processes than the one that will fork; it is saved once for each", "bytes", n)
 	}
 	if !k.LeaveRunning {
-		for _, q := range k.quota {
-			_ = k.guard.Strike(q.entry) // its cgroup goes with the container
+		if !k.sealed { // else struck already
+			for _, q := range k.quota {
+				_ = k.guard.Strike(q.entry) // its cgroup goes with the container
+			}
+			errs = k.guard.Strike(k.thaw)
 		}
-		errs = errors.Join(k.guard.Strike(k.thaw), k.c.lib.Destroy())
+		errs = errors.Join(errs, k.c.lib.Destroy())
 	}
 	return errors.Join(errs, k.out.sync(), k.guard.Dismiss())
 }

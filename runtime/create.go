@@ -83,7 +83,11 @@ func createContainer(r *restore) (m *made, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if m.lib, err = libcontainer.Create(r.Root, r.ID, stubConfig(config)); err != nil {
+	stub := stubConfig(config)
+	if err := r.holdPackets(stub); err != nil {
+		return nil, err
+	}
+	if m.lib, err = libcontainer.Create(r.Root, r.ID, stub); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			_ = r.guard.Strike(empty)
 			err = &fail.Error{Cause: fmt.Errorf("a container with id %q exists already", r.ID), Remedy: "choose another id, or delete that one"}
@@ -227,13 +231,16 @@ func (m *made) start(r *restore) error {
 	if err := m.promiseCgroups(r); err != nil {
 		return err
 	}
-	if err := m.lib.Start(m.process); err != nil {
+	if err := quietly(func() error { return m.lib.Start(m.process) }); err != nil {
 		return err
 	}
 	if err := m.console.receive(); err != nil {
 		return err
 	}
 	if m.state, err = m.lib.State(); err != nil {
+		return err
+	}
+	if err := r.holdLate(m.state.InitProcessPid); err != nil {
 		return err
 	}
 	return m.takeHold(r)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	goruntime "runtime"
 	"slices"
@@ -24,6 +25,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/guardian"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tmpfs"
@@ -47,17 +49,18 @@ type RestoreOptions struct {
 	// FileValidation is one of FileValidations, "" for the first.
 	FileValidation string
 	// RootfsDiff is one of RootfsDiffs, "" for the first.
-	RootfsDiff string
-	// Given are descriptors of this process, by the keys of the open files that
-	// the image leaves out (CheckpointOptions.External).
-	Given         map[string]int
+	RootfsDiff    string
 	SystemdCgroup bool
 	NoPivot       bool
 	NoNewKeyring  bool
 	// LeaveFrozen: nothing of the container runs before somebody thaws it
 	// (runc resume).
 	LeaveFrozen bool
-	Log         *slog.Logger
+	// TCPClose: connections come back as reset.
+	TCPClose bool
+	// AddressMap gives new addresses to sockets that had others.
+	AddressMap map[netip.Addr]netip.Addr
+	Log        *slog.Logger
 }
 
 // restore is one journey in.
@@ -88,6 +91,7 @@ type restore struct {
 	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
 	forked  map[int]int           // the order of forks
 
+	holds    []*sock.Hold // that keep off the packets of connections
 	contents *contents
 	lending  *lending
 }
@@ -170,6 +174,9 @@ func (r *restore) readHead(context.Context) error {
 	if e := <-started; err == nil {
 		err = e
 	}
+	if err == nil {
+		r.changeConnections()
+	}
 	return err
 }
 
@@ -205,9 +212,6 @@ func (r *restore) create(context.Context) (err error) {
 	if r.service, err = tracee.NewService(); err != nil {
 		return err
 	}
-	if err := file.CheckGiven(r.head, r.Given); err != nil {
-		return err
-	}
 	if r.made, err = createContainer(r); err != nil {
 		return err
 	}
@@ -241,7 +245,7 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
-	r.maker.Warn, r.maker.Given = r.Log.Warn, r.Given
+	r.maker.Warn = r.Log.Warn
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
 		r.maker.Validation = file.ValidateStrict
 	}
@@ -848,6 +852,9 @@ func (r *restore) release(ctx context.Context) error {
 		if err := r.detach(pid); err != nil {
 			return err
 		}
+	}
+	if err := r.revive(); err != nil {
+		return err
 	}
 	if err := fault.Point("restore.thaw"); err != nil || r.LeaveFrozen {
 		return err

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -29,8 +29,6 @@ type Maker struct {
 	Warn     func(msg string, args ...any)
 	// Validation is one of Validations.
 	Validation string
-	// Given are the files for what the image leaves out, by key (CheckGiven).
-	Given map[string]int
 
 	head     *image.Head
 	bundle   Identity
@@ -57,7 +55,9 @@ type Maker struct {
 	queues   map[image.Ref]int    // POSIX message queues
 	texts    map[image.Ref][]byte // of their messages
 	notified map[image.Ref]bool   // those whose task is to be told again
-	given    map[string]int       // what has the stub of Given
+
+	connections map[image.Ref]*sock.Remade
+	connected   []image.Ref // in the order of the stream
 }
 
 type madePipe struct {
@@ -81,7 +81,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, owned: map[image.Ref]bool{}, unnamed: map[image.Ref]int{},
-		queues: map[image.Ref]int{}, texts: map[image.Ref][]byte{}, notified: map[image.Ref]bool{}, given: map[string]int{},
+		queues: map[image.Ref]int{}, texts: map[image.Ref][]byte{}, notified: map[image.Ref]bool{},
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
@@ -153,9 +153,6 @@ func (m *Maker) Start() (err error) {
 
 // Make opens everything.
 func (m *Maker) Make() error {
-	if err := m.takeGiven(); err != nil {
-		return err
-	}
 	if err := m.makeRemoved(); err != nil {
 		return err
 	}
@@ -178,6 +175,9 @@ func (m *Maker) Make() error {
 		if err := m.openChunk(chunk); err != nil {
 			return err
 		}
+	}
+	if err := m.connect(); err != nil {
+		return err
 	}
 	return m.setTerminals()
 }
@@ -250,7 +250,7 @@ func (m *Maker) opens() (n int) {
 			}
 		}
 	}
-	return n + len(m.Given)
+	return n
 }
 
 // OpenRoot opens a directory of the container that other rooms work in, in the
@@ -464,12 +464,8 @@ func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
 // Send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
 // returns its number there.
 func (m *Maker) Send(to *tracee.Stub, f *os.File) (int, error) {
-	return m.send(to, int(f.Fd()), f.Name())
-}
-
-func (m *Maker) send(to *tracee.Stub, ours int, name string) (int, error) {
-	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(ours), nil, 0); err != nil {
-		return 0, fmt.Errorf("send %s: %w", name, err)
+	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0); err != nil {
+		return 0, fmt.Errorf("send %s: %w", f.Name(), err)
 	}
 	socket := m.socket
 	if socket == 0 {
@@ -485,7 +481,7 @@ func (m *Maker) send(to *tracee.Stub, ours int, name string) (int, error) {
 	binary.LittleEndian.PutUint64(b.At(msg.Plus(40), 8), uint64(unix.CmsgSpace(4)))
 	b.Add(unix.SYS_RECVMSG, tracee.W(socket), msg, tracee.W(unix.MSG_CMSG_CLOEXEC))
 	if _, err := to.Run(&b); err != nil {
-		return 0, fmt.Errorf("receive %s: %w", name, err)
+		return 0, fmt.Errorf("receive %s: %w", f.Name(), err)
 	}
 	return int(binary.LittleEndian.Uint32(b.At(control.Plus(unix.CmsgLen(0)), 4))), nil
 }
@@ -511,7 +507,7 @@ func (m *Maker) openChunk(refs []image.Ref) error {
 		return err
 	}
 	for start, end := range m.sameOpener(refs) {
-		if err := m.finish(m.opener(m.head.File(refs[start])), refs[start:end]); err != nil {
+		if err := m.finish(m.opener(m.head.File(refs[start])), refs[start:end], m.finishKind); err != nil {
 			return err
 		}
 	}
@@ -554,37 +550,50 @@ func (m *Maker) open(who Identity, refs []image.Ref, low []int) error {
 	return nil
 }
 
-// finish gives opened files their state, as somebody; see open.
-func (m *Maker) finish(who Identity, refs []image.Ref) error {
+// finish gives opened files their state by the calls that add adds, as somebody, or
+// where that one may not as the bundle's own process; see open.
+func (m *Maker) finish(who Identity, refs []image.Ref, add func(b *tracee.Batch, fd int, f *image.File)) error {
+	for len(refs) > 0 {
+		i, err := m.finishAs(who, refs, add)
+		if err == nil {
+			return nil
+		}
+		if !denied(err) || who.equal(m.bundle) || i < 0 {
+			return err
+		}
+		if _, err := m.finishAs(m.bundle, refs[i:i+1], add); err != nil {
+			return err
+		}
+		refs = refs[i+1:]
+	}
+	return nil
+}
+
+// finishAs also tells at which file it failed.
+func (m *Maker) finishAs(who Identity, refs []image.Ref, add func(b *tracee.Batch, fd int, f *image.File)) (int, error) {
 	var b tracee.Batch
 	m.become(&b, who)
 	calls := make([]int, len(refs))
 	for i, ref := range refs {
-		f := m.head.File(ref)
-		if k := kindOf(f.Kind); k.finish != nil {
-			k.finish(m, &b, m.fds[ref], f)
-		}
+		add(&b, m.fds[ref], m.head.File(ref))
 		calls[i] = len(b.Calls) - 1
 	}
 	m.become(&b, m.self)
 	_, err := m.stub.Run(&b)
 	if err == nil {
-		return nil
+		return 0, nil
 	}
+	i, err := m.explain(err, calls, refs)
 	if e := m.restoreSelf(); e != nil {
-		return errors.Join(err, e)
+		return -1, errors.Join(err, e)
 	}
-	if !denied(err) || who.equal(m.bundle) {
-		return m.explain(err, calls, refs)
+	return i, err
+}
+
+func (m *Maker) finishKind(b *tracee.Batch, fd int, f *image.File) {
+	if k := kindOf(f.Kind); k.finish != nil {
+		k.finish(m, b, fd, f)
 	}
-	// Once more, one by one: what was done before is done again to no effect.
-	for i := range refs {
-		err := m.finish(m.bundle, refs[i:i+1])
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func denied(err error) bool {
@@ -593,18 +602,18 @@ func denied(err error) bool {
 
 // explain names the file that a failed call of a batch was for: the first
 // whose last call is not before it.
-func (m *Maker) explain(err error, calls []int, refs []image.Ref) error {
+func (m *Maker) explain(err error, calls []int, refs []image.Ref) (int, error) {
 	failed, ok := err.(*tracee.CallError)
 	if !ok {
-		return err
+		return -1, err
 	}
 	for i, last := range calls {
 		if failed.Index <= last {
 			f := m.head.File(refs[i])
-			return fail.On(f.Kind+" "+f.Path, fmt.Errorf("cannot be opened again in the container: %w", failed))
+			return i, fail.On(f.Kind+" "+f.Path, fmt.Errorf("cannot be opened again in the container: %w", failed))
 		}
 	}
-	return err
+	return -1, err
 }
 
 // Share gives another stub, which did not inherit them, all that the maker has
@@ -640,7 +649,7 @@ func (m *Maker) Share(to *tracee.Stub) error {
 
 // numbers lists every descriptor of the maker's table.
 func (m *Maker) numbers() []int {
-	all := slices.Concat([]int{m.socket}, m.stdio[:], m.kept, slices.Collect(maps.Values(m.given)))
+	all := slices.Concat([]int{m.socket}, m.stdio[:], m.kept)
 	for _, fd := range m.fds {
 		all = append(all, fd)
 	}
@@ -683,6 +692,9 @@ func (m *Maker) Seal() error {
 	if err := m.refillQueues(); err != nil {
 		return err
 	}
+	if err := m.settleConnections(); err != nil {
+		return err
+	}
 	return m.refillTerminals()
 }
 
@@ -699,6 +711,9 @@ func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
 	}
 	if _, ok := m.anchors[ref]; ok {
 		return m.fillRemoved(ref, offset, data)
+	}
+	if c := m.connections[ref]; c != nil {
+		return m.named(ref, c.Fill(data))
 	}
 	p := m.pipes[ref]
 	if p == nil {
@@ -946,6 +961,9 @@ func (m *Maker) place(s *tracee.Stub, fd int, d image.Descriptor) error {
 func (m *Maker) Close() {
 	for _, f := range m.late {
 		_ = f.Close()
+	}
+	for _, c := range m.connections {
+		_ = c.File.Close()
 	}
 	_ = m.endFilling()
 }

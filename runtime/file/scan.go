@@ -111,6 +111,8 @@ type Description struct {
 	targets []*Description // that it refers to; of an epoll by entry
 	places  []place        // that it watches
 	null    bool           // a guest's stream that becomes /dev/null
+
+	connection *sock.Connection
 }
 
 // Table is one descriptor table.
@@ -164,6 +166,8 @@ type Env struct {
 	Named func(dev, ino uint64) string
 	IDs   task.IDMaps
 	NetNS uint64 // inode of the container's network namespace
+	// Sockets says what is to become of connections.
+	Sockets sock.Choices
 	// Places remembers where watched files were found.
 	Places *Places
 	// Remade reports whether a device is one of these file systems, which restore
@@ -171,8 +175,6 @@ type Env struct {
 	Remade func(dev uint64) bool
 	// Views are the mount namespaces that tasks have made, once these are known.
 	Views func() []*namespace.View
-	// External are the open files that are to be left out.
-	External []Key
 	// Place is the one that a process is in, nil for the container's own.
 	Place func(pid int) *namespace.View
 }
@@ -246,9 +248,6 @@ func (s *Set) Describe() error {
 			t.entries[i].desc = byFile[t.entries[i].seen]
 		}
 	}
-	if err := s.findExternal(groups); err != nil {
-		return err
-	}
 	for _, d := range s.descs {
 		if err := s.describe(d); err != nil {
 			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
@@ -283,10 +282,6 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Opener = int32(d.seen.proc.Inner)
 	if err := s.readOwner(d); err != nil {
 		return gone(d.seen.proc.Pid, err)
-	}
-	if d.Record.Key != "" {
-		s.readExternal(d)
-		return nil
 	}
 	for _, k := range kinds {
 		if k.is(s, d.seen) {

@@ -28,7 +28,7 @@ func (s *Set) inContainersNetwork(f *os.File) error {
 		return fmt.Errorf("its network namespace: %w", err)
 	}
 	if st.Ino != s.NetNS {
-		return fail.Refuse("", "it belongs to another network namespace than the container's; such sockets are not supported yet", "close it before the checkpoint, or leave it out (--external)")
+		return fail.Refuse("", "it belongs to another network namespace than the container's; such sockets are not supported yet", "close it before the checkpoint")
 	}
 	return nil
 }
@@ -47,7 +47,9 @@ var socket = kind{
 			return err
 		}
 		if s.sockets == nil {
-			s.sockets = &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat}
+			s.sockets = &sock.Inside{
+				NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat, Choices: s.Sockets,
+			}
 		}
 		d.Record.Kind = image.KindSocket
 		d.Record.Socket, err = sock.Read(s.sockets, f, d.seen.stat.Ino)
@@ -55,6 +57,9 @@ var socket = kind{
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) { return sock.Open(b, f.Socket) },
 	finish: func(_ *Maker, b *tracee.Batch, fd int, f *image.File) {
+		if f.Socket.TCP != nil {
+			return // see connect
+		}
 		sock.Finish(b, fd, f.Socket)
 		setFlags(b, fd, f.Flags)
 	},

@@ -65,6 +65,8 @@ type frame struct {
 	Entry  Entry `json:",omitempty"`
 	Undo   *Undo `json:",omitempty"` // a promise; a strike of Entry without it
 	Done   bool  `json:",omitempty"`
+	Ready  bool  `json:",omitempty"` // Undo is a promise for after a seal
+	Seal   bool  `json:",omitempty"` // from now on what is ready stands instead
 	Answer bool  `json:",omitempty"` // from the guardian: it is ready
 }
 
@@ -72,6 +74,7 @@ type frame struct {
 type standing struct {
 	entry Entry
 	undo  Undo
+	ready bool // stands after the next seal only
 }
 
 // Guardian is the coordinator's hold on its guardian process. Its methods may be
@@ -163,18 +166,47 @@ func (g *Guardian) Pid() int { return g.cmd.Process.Pid }
 // Promise puts an undo into the journal. The caller acts only after it has
 // returned without an error; the undo must be right both before and after that
 // act. An error means that the undo is malformed or the guardian is gone.
-func (g *Guardian) Promise(u Undo) (Entry, error) {
+func (g *Guardian) Promise(u Undo) (Entry, error) { return g.promise(u, false) }
+
+// Prepare is Promise for what is to stand after the next Seal; until then it is not
+// undone.
+func (g *Guardian) Prepare(u Undo) (Entry, error) { return g.promise(u, true) }
+
+// Seal puts what is prepared in the place of all that stands, at one stroke: behind
+// it the way back is another one. It is for the point where going back begins to do
+// more harm than going on.
+func (g *Guardian) Seal() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.send(frame{Seal: true}); err != nil {
+		return fmt.Errorf("guardian: seal: %w", err)
+	}
+	g.standing = sealed(g.standing)
+	return nil
+}
+
+// sealed are those that stand after a seal.
+func sealed(all []standing) (rest []standing) {
+	for _, s := range all {
+		if s.ready {
+			rest = append(rest, standing{entry: s.entry, undo: s.undo})
+		}
+	}
+	return rest
+}
+
+func (g *Guardian) promise(u Undo, ready bool) (Entry, error) {
 	if err := u.check(); err != nil {
 		return 0, fmt.Errorf("guardian: %w", err)
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	entry := g.last + 1
-	if err := g.send(frame{Entry: entry, Undo: &u}); err != nil {
+	if err := g.send(frame{Entry: entry, Undo: &u, Ready: ready}); err != nil {
 		return 0, fmt.Errorf("guardian: promise to %v: %w", u, err)
 	}
 	g.last = entry
-	g.standing = append(g.standing, standing{entry, u})
+	g.standing = append(g.standing, standing{entry, u, ready})
 	return entry, nil
 }
 
@@ -210,7 +242,10 @@ func (g *Guardian) Rollback() error {
 		last := g.standing[len(g.standing)-1]
 		// Struck only afterwards: if we die in the middle, the guardian
 		// does it once more, and every undo bears that.
-		failed = append(failed, last.undo.Do(), g.strike(last.entry))
+		if !last.ready {
+			failed = append(failed, last.undo.Do())
+		}
+		failed = append(failed, g.strike(last.entry))
 	}
 	return errors.Join(failed...)
 }

@@ -141,6 +141,30 @@ func TestCgroupsProcessAndMountPutBack(t *testing.T) {
 	}
 }
 
+// playSeal has two ways back, one after the other.
+func playSeal(c *coordinator) {
+	c.promise(Write(c.file("back"), "original"))
+	c.put("back", "changed")
+	_, err := c.g.Prepare(Write(c.file("forward"), "done"))
+	helperCheck(err)
+	c.did()
+	helperCheck(c.g.Seal())
+	c.did()
+}
+
+func TestSeal(t *testing.T) {
+	for step, want := range map[int][2]string{1: {"original", "begun"}, 2: {"changed", "done"}} {
+		dir := t.TempDir()
+		put(t, filepath.Join(dir, "back"), "original")
+		put(t, filepath.Join(dir, "forward"), "begun")
+		v := startVictim(t, "seal", dir)
+		v.goTo(step)
+		v.kill()
+		holds(t, filepath.Join(dir, "back"), want[0])
+		holds(t, filepath.Join(dir, "forward"), want[1])
+	}
+}
+
 // playLeak gives a child a copy of its end of the journal.
 func playLeak(c *coordinator) {
 	_, err := unix.Dup(c.g.journal) // dup(2) drops close-on-exec

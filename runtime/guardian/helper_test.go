@@ -45,6 +45,7 @@ func coordinate(scenario, dir string) {
 	c.say("guardian %d", g.Pid())
 	map[string]func(*coordinator){
 		"journal": playJournal, "rollback": playRollback, "system": playSystem, "leak": playLeak, "storm": playStorm,
+		"seal": playSeal,
 	}[scenario](c)
 }
 

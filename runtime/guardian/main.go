@@ -107,7 +107,10 @@ func keepJournal() (stands []standing, done bool) {
 // apply carries out one entry of the journal on the list of what stands.
 func (f frame) apply(stands []standing) []standing {
 	if f.Undo != nil {
-		return append(stands, standing{f.Entry, *f.Undo})
+		return append(stands, standing{f.Entry, *f.Undo, f.Ready})
+	}
+	if f.Seal {
+		return sealed(stands)
 	}
 	stands, _ = without(stands, f.Entry)
 	return stands
@@ -161,7 +164,7 @@ func awaitExit(pidfd int, limit time.Duration) bool {
 // is nobody left to tell what failed: the rest is put back all the same.
 func undoAll(stands []standing) (status int) {
 	for i := len(stands) - 1; i >= 0; i-- {
-		if stands[i].undo.Do() != nil {
+		if !stands[i].ready && stands[i].undo.Do() != nil {
 			status = 1
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/runtime/aside"
 	"github.com/ocickpt/ocickpt/runtime/halt"
+	"github.com/ocickpt/ocickpt/runtime/sock"
 )
 
 // kind says what an Undo does.
@@ -29,6 +30,8 @@ const (
 	kindKill          kind = "kill"
 	kindUnmount       kind = "unmount"
 	kindPutBack       kind = "put back"
+	kindUnrepair      kind = "end the repair of sockets of"
+	kindLift          kind = "lift"
 )
 
 // Undo is one way back, made by one of the constructors of this package. All of
@@ -49,6 +52,56 @@ type Undo struct {
 	// Controllers names the hierarchies of Paths, see Release.
 	Controllers []string `json:",omitempty"`
 	Paused      bool     `json:",omitempty"`
+	// Sockets are descriptors of PID, see Unrepair.
+	Sockets []Repaired `json:",omitempty"`
+}
+
+// Repaired is a descriptor of a socket that may be in repair mode; negative, less
+// one, where it has SO_REUSEADDR, which repair takes away.
+type Repaired int32
+
+// NewRepaired makes one.
+func NewRepaired(fd int, reusable bool) Repaired {
+	if reusable {
+		return Repaired(-fd - 1)
+	}
+	return Repaired(fd)
+}
+
+func (r Repaired) split() (fd int, reusable bool) {
+	if r < 0 {
+		return int(-r - 1), true
+	}
+	return int(r), false
+}
+
+// MaxRepaired is how many sockets one promise takes.
+const MaxRepaired = 8000
+
+// Unrepair undoes by ending the repair mode (TCP_REPAIR) of sockets that are open in a
+// process or thread, if that still lives, without a word to their peers.
+func Unrepair(pid int, sockets []Repaired) (Undo, error) {
+	start, err := startTime(pid)
+	return Undo{Kind: kindUnrepair, PID: pid, Start: start, Sockets: sockets}, err
+}
+
+// unrepair carries out Unrepair.
+func (u Undo) unrepair() error {
+	if now, err := startTime(u.PID); err != nil || now != u.Start {
+		return err
+	}
+	var errs error
+	for _, s := range u.Sockets {
+		fd, reusable := s.split()
+		errs = errors.Join(errs, sock.Unrepair(u.PID, fd, reusable))
+	}
+	return errs
+}
+
+// Lift undoes by taking away a table of nftables that holds the packets of
+// connections off (sock.Hold), in the network namespace at a path.
+func Lift(netns, table string) Undo {
+	return Undo{Kind: kindLift, Paths: [][]byte{[]byte(netns)}, Value: []byte(table)}
 }
 
 // Write undoes by writing a value to an existing file, with one write(2): a
@@ -130,8 +183,8 @@ func (u Undo) String() string {
 	switch u.Kind {
 	case kindWrite:
 		return fmt.Sprintf("write %q to %s", u.Value, u.path())
-	case kindKill:
-		return fmt.Sprintf("kill pid %d", u.PID)
+	case kindKill, kindUnrepair:
+		return fmt.Sprintf("%s pid %d", u.Kind, u.PID)
 	}
 	return fmt.Sprintf("%s %s", u.Kind, bytes.Join(u.Paths, []byte(", ")))
 }
@@ -144,6 +197,12 @@ func (u Undo) check() error {
 	if u.Kind == kindKill {
 		if u.PID <= 1 {
 			return fmt.Errorf("%v: not a process that can be killed", u)
+		}
+		return nil
+	}
+	if u.Kind == kindUnrepair {
+		if u.PID <= 1 || len(u.Sockets) > MaxRepaired {
+			return fmt.Errorf("%v: %d sockets of pid %d", u, len(u.Sockets), u.PID)
 		}
 		return nil
 	}
@@ -179,6 +238,10 @@ func (u Undo) Do() error {
 		err = write(u.path(), u.Value)
 	case kindRelease:
 		err = u.release()
+	case kindUnrepair:
+		err = u.unrepair()
+	case kindLift:
+		err = (&sock.Hold{Table: string(u.Value), NetNS: u.path()}).Lift()
 	case kindRemove:
 		err = os.Remove(u.path())
 	case kindRemoveTree:

@@ -301,6 +301,13 @@ func (h *Halt) Traced() []int {
 	return slices.AppendSeq(slices.Collect(maps.Keys(h.Held)), maps.Keys(h.limbo))
 }
 
+// Freeze keeps the stopped tasks where they are even if we die, until Thaw or
+// Release.
+func (h *Halt) Freeze(ctx context.Context) error { return h.cgroup.Freeze(context.WithoutCancel(ctx)) }
+
+// Thaw leaves them in their ptrace stops.
+func (h *Halt) Thaw(ctx context.Context) error { return h.cgroup.Thaw(context.WithoutCancel(ctx)) }
+
 // Release lets everything run on as it was, in one act: detached while the
 // cgroup is frozen, the tasks all start with the thaw. A container that its
 // engine had paused stays frozen.

@@ -3,6 +3,7 @@ package sock
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -25,6 +26,9 @@ const (
 type diagnosis struct {
 	// signed are the inodes of sockets with keys of TCP_MD5SIG.
 	signed map[uint64]bool
+	// peers are the addresses, struct sockaddr, that sockets in SYN_SENT connect
+	// to, by inode.
+	peers map[uint64][]byte
 	// orphans counts by state the connections that no descriptor leads to.
 	orphans map[int]int
 }
@@ -34,7 +38,7 @@ func (in *Inside) diagnosis(family int) (*diagnosis, error) {
 	if d := in.diagnoses[family]; d != nil {
 		return d, nil
 	}
-	d := &diagnosis{signed: map[uint64]bool{}, orphans: map[int]int{}}
+	d := &diagnosis{signed: map[uint64]bool{}, peers: map[uint64][]byte{}, orphans: map[int]int{}}
 	err := nsutil.Inside(in.NetNS, func() error {
 		// struct inet_diag_req_v2: family, protocol, attributes, padding, states, and
 		// a zeroed id, which is any. Keys come along with INET_DIAG_INFO only
@@ -81,6 +85,9 @@ func (d *diagnosis) add(m []byte) error {
 		d.orphans[int(m[1])]++
 		return nil
 	}
+	if m[1] == tcpSynSent {
+		d.peers[inode] = peerOf(m)
+	}
 	attributes, err := nl.ParseRouteAttr(m[inetDiagMessage:])
 	if err != nil {
 		return fmt.Errorf("sock_diag: %w", err)
@@ -91,4 +98,14 @@ func (d *diagnosis) add(m []byte) error {
 		}
 	}
 	return nil
+}
+
+// peerOf is the struct sockaddr of a socket's peer.
+func peerOf(m []byte) []byte {
+	const port, address = 6, 24
+	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte(m[address:])), binary.BigEndian.Uint16(m[port:]))
+	if m[0] == unix.AF_INET6 {
+		at = netip.AddrPortFrom(netip.AddrFrom16([16]byte(m[address:])), at.Port())
+	}
+	return rawAddress(at)
 }

@@ -172,6 +172,9 @@ func readOptions(in *Inside, fd int, fam *family, s *image.Socket) error {
 	}
 	for _, list := range [][]option{generic, fam.options, final} {
 		for _, o := range list {
+			if s.TCP != nil && o.level == unix.SOL_TCP && slices.Contains(before, o.name) {
+				continue
+			}
 			value, err := get(fd, o.level, o.name, make([]byte, o.size))
 			if err != nil {
 				return err
@@ -296,11 +299,11 @@ func (o given) fits(known option) bool {
 // change what is received, or all others.
 func setOptions(b *tracee.Batch, fd int, s *image.Socket, last bool) {
 	late := func(o image.SocketOpt) bool {
-		return o.Level == unix.SOL_SOCKET && (o.Name == unix.SO_ATTACH_FILTER || slices.ContainsFunc(final, given(o).fits))
+		return s.TCP != nil && o.Level == unix.SOL_TCP || o.Level == unix.SOL_SOCKET && (o.Name == unix.SO_ATTACH_FILTER || slices.ContainsFunc(final, given(o).fits))
 	}
 	for _, o := range s.Options {
 		switch {
-		case late(o) != last:
+		case late(o) != last, s.TCP != nil && o.Level == unix.SOL_SOCKET && o.Name == unix.SO_REUSEADDR: // repair has it
 		case o.Level == unix.SOL_SOCKET && o.Name == unix.SO_ATTACH_FILTER:
 			attachFilter(b, fd, o.Value)
 		default:

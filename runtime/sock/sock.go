@@ -22,8 +22,19 @@ type Inside struct {
 	// Lstat looks at a path as the container's root sees it.
 	Lstat func(path string) (*unix.Stat_t, error)
 
+	Choices
+
 	diagnoses map[int]*diagnosis // by family
 	fresh     map[[3]int32]map[option]string
+}
+
+// Choices are what the caller wants of the container's connections.
+type Choices struct {
+	// Established: those of TCP are saved; else they are refused.
+	Established bool
+	// SkipInFlight: those that nobody has accepted yet are left out.
+	SkipInFlight bool
+	Warn         func(format string, args ...any)
 }
 
 // family is one address family, both directions.
@@ -123,14 +134,17 @@ func describe(a unix.Sockaddr) string {
 	return "a peer"
 }
 
-// boundAddress is the raw struct sockaddr of getsockname(2): abstract names
-// may hold any byte.
-func boundAddress(fd int) ([]byte, error) {
+// boundAddress and peerAddress are the raw struct sockaddr of getsockname(2) and
+// getpeername(2): abstract names may hold any byte.
+func boundAddress(fd int) ([]byte, error) { return rawName(fd, unix.SYS_GETSOCKNAME, "getsockname") }
+func peerAddress(fd int) ([]byte, error)  { return rawName(fd, unix.SYS_GETPEERNAME, "getpeername") }
+
+func rawName(fd int, call uintptr, name string) ([]byte, error) {
 	buf := make([]byte, 128)
 	n := uint32(len(buf))
-	_, _, errno := unix.Syscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&n)))
+	_, _, errno := unix.Syscall(call, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&n)))
 	if errno != 0 {
-		return nil, fmt.Errorf("getsockname: %w", errno)
+		return nil, fmt.Errorf("%s: %w", name, errno)
 	}
 	return buf[:min(n, uint32(len(buf)))], nil
 }
@@ -161,19 +175,24 @@ func allowed(s *image.Socket) error {
 	return nil
 }
 
-// Finish adds the calls that give it its options, address and backlog.
+// Finish adds the calls that give it its options, address and backlog. Those of a
+// connection come by Bind and Settle.
 func Finish(b *tracee.Batch, fd int, s *image.Socket) {
-	fam := familyOf(s)
 	setOptions(b, fd, s, false)
 	setOptions(b, fd, s, true)
+	bind(b, fd, s)
+	if s.Listening {
+		b.Add(unix.SYS_LISTEN, tracee.W(fd), tracee.W(s.Backlog))
+	}
+}
+
+func bind(b *tracee.Batch, fd int, s *image.Socket) {
+	fam := familyOf(s)
 	if fam.prepare != nil {
 		fam.prepare(b, fd, s)
 	}
 	if bound(s) {
 		b.Add(unix.SYS_BIND, tracee.W(fd), b.Put(s.Address), tracee.W(len(s.Address)))
-	}
-	if s.Listening {
-		b.Add(unix.SYS_LISTEN, tracee.W(fd), tracee.W(s.Backlog))
 	}
 	if fam.settle != nil {
 		fam.settle(b, fd, s)

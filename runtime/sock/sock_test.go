@@ -87,7 +87,7 @@ func TestConnectedRefused(t *testing.T) {
 	client := open(t, unix.AF_INET, unix.SOCK_STREAM, 0)
 	must(t, unix.Connect(fd(client), at))
 	refused(t, client, fmt.Sprintf("connected to 127.0.0.1:%d", at.(*unix.SockaddrInet4).Port))
-	refused(t, l, "1 connections wait to be accepted")
+	refused(t, l, fmt.Sprintf("1 connections to 127.0.0.1:%d wait to be accepted", at.(*unix.SockaddrInet4).Port))
 	n, _, err := unix.Accept(fd(l))
 	must(t, err)
 	accepted := os.NewFile(uintptr(n), "accepted")

@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -65,6 +66,10 @@ var tcp = family{
 	settle:  settleIP,
 }
 
+// before are options that mean something before there is a connection only, and of
+// one that there is tell what has become of them.
+var before = []int{unix.TCP_MAXSEG, unix.TCP_WINDOW_CLAMP, unix.TCP_QUICKACK, unix.TCP_FASTOPEN, unix.TCP_FASTOPEN_CONNECT, unix.TCP_SAVE_SYN}
+
 func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if err := plainTCP(in, fd, inode, s); err != nil {
 		return err
@@ -73,25 +78,76 @@ func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if err != nil {
 		return fmt.Errorf("TCP_INFO: %w", err)
 	}
-	if err := unconnected(fd); err != nil {
-		return err
-	}
-	switch info.State {
-	case tcpListen:
+	switch {
+	case info.State == tcpListen:
 		// For a listener these two are its accept queue and its backlog
 		// (tcp_get_info in net/ipv4/tcp.c).
 		s.Backlog = int32(info.Sacked)
-		if info.Unacked != 0 {
-			return fail.Refuse("", fmt.Sprintf("%d connections wait to be accepted", info.Unacked), "let the program accept them, or stop the clients")
-		}
-	case tcpClose:
-		if info.Segs_in != 0 || info.Segs_out != 0 {
-			return fail.Refuse("", "a TCP connection that has ended but is not closed is not supported yet", "let the program close it")
-		}
-	default:
-		return fail.Refuse("", fmt.Sprintf("a TCP connection in state %d is not supported yet", info.State), "close it before the checkpoint")
+		return in.inFlight(s, info.Unacked)
+	case s.Protocol == ipprotoMPTCP:
+		return mptcpUnused(fd, info.State)
+	case info.State == tcpClose && info.Segs_in == 0 && info.Segs_out == 0:
+		return nil // never used
 	}
-	return nil
+	s.TCP = &image.TCP{State: info.State}
+	if info.State == tcpClose {
+		return nil // it has ended, and its peer is forgotten
+	}
+	return in.readPeer(fd, inode, s)
+}
+
+// inFlight refuses connections that the kernel has made and nobody has accepted:
+// none can be put back into that queue.
+func (in *Inside) inFlight(s *image.Socket, n uint32) error {
+	switch {
+	case n == 0:
+		return nil
+	case in.SkipInFlight:
+		in.Warn("%d connections to %s that wait to be accepted are not saved: they are reset", n, describeRaw(s.Address))
+		return nil
+	}
+	return fail.Refuse("", fmt.Sprintf("%d connections to %s wait to be accepted, and none can be put back into that queue", n, describeRaw(s.Address)),
+		"let the program accept them, stop the clients, or have them reset by --tcp-skip-in-flight")
+}
+
+// readPeer records whom a connection is with. Of one that is only being made, the
+// socket itself does not tell.
+func (in *Inside) readPeer(fd int, inode uint64, s *image.Socket) (err error) {
+	if s.TCP.State == tcpSynSent {
+		d, err := in.diagnosis(int(s.Family))
+		if err != nil {
+			return err
+		}
+		if s.TCP.Peer = d.peers[inode]; s.TCP.Peer == nil {
+			return fmt.Errorf("sock_diag does not know the connection that is being made")
+		}
+	} else if s.TCP.Peer, err = peerAddress(fd); err != nil {
+		return err
+	}
+	if in.Established {
+		return nil
+	}
+	return fail.Refuse("", fmt.Sprintf("%s is connected to %s", describeRaw(s.Address), describeRaw(s.TCP.Peer)), "keep the connection with --tcp-established, or close it before the checkpoint")
+}
+
+const (
+	solMPTCP          = 284 // SOL_MPTCP
+	mptcpInfo         = 1   // MPTCP_INFO
+	mptcpInfoFlags    = 8   // offset of mptcpi_flags in struct mptcp_info
+	mptcpInfoFallback = 1   // MPTCP_INFO_FLAG_FALLBACK
+)
+
+// mptcpUnused refuses MPTCP sockets with a peer. (Those that a listener has accepted
+// from a client that speaks plain TCP are sockets of TCP.)
+func mptcpUnused(fd int, state uint8) error {
+	if _, err := peerAddress(fd); errors.Is(err, unix.ENOTCONN) && state == tcpClose {
+		return nil
+	}
+	info, err := get(fd, solMPTCP, mptcpInfo, make([]byte, mptcpInfoFlags+4))
+	if err == nil && len(info) == mptcpInfoFlags+4 && info[mptcpInfoFlags]&mptcpInfoFallback != 0 {
+		return fail.Refuse("", "it is a socket of MPTCP whose connection has fallen back to TCP: the kernel has no TCP_REPAIR for it", "close it, or let the program connect by TCP (GODEBUG=multipathtcp=0)")
+	}
+	return fail.Refuse("", "it is a connection of MPTCP, for which the kernel has no TCP_REPAIR", "close it, or let the program connect by TCP (GODEBUG=multipathtcp=0)")
 }
 
 // plainTCP refuses what stands between a socket and TCP and cannot be read back:

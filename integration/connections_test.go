@@ -1,0 +1,392 @@
+package integration
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/nsutil"
+)
+
+// network is two network namespaces: one for a container, and one for its peers,
+// with a bridge.
+type network struct {
+	t               testing.TB
+	inside, outside string // names as ip-netns(8) has them
+	hook            string // a program that connects a container's own namespace
+	mu              sync.Mutex
+	resets          []string
+	packets         atomic.Int64
+}
+
+const (
+	insideV4, outsideV4 = "10.77.0.1", "10.77.0.2"
+	insideV6, outsideV6 = "fd77::1", "fd77::2"
+	insideOther         = "10.77.0.9"
+)
+
+var networkCount atomic.Int64
+
+// newNetwork makes both. The container's is connected by the hook, or at once.
+func newNetwork(t *testing.T, byHook bool) *network {
+	t.Helper()
+	n := &network{t: t}
+	name := fmt.Sprintf("net-%d-%d", os.Getpid(), networkCount.Add(1))
+	n.inside, n.outside = name+"i", name+"o"
+	n.ip("netns", "add", n.outside)
+	t.Cleanup(func() { n.ip("netns", "del", n.outside) })
+	n.ip("-n", n.outside, "link", "add", "br0", "type", "bridge")
+	n.ip("-n", n.outside, "link", "set", "br0", "up")
+	n.ip("-n", n.outside, "addr", "add", outsideV4+"/24", "dev", "br0")
+	n.ip("-n", n.outside, "addr", "add", outsideV6+"/64", "dev", "br0", "nodad")
+	n.hook = filepath.Join(t.TempDir(), "hook")
+	// The address of the device must stay, for peers remember it.
+	script := `#!/bin/sh -e
+		pid=$1
+		[ -n "$pid" ] || pid=$(sed 's/.*"pid":\([0-9]*\).*/\1/')
+		export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+		while ip -n OUT link show dev peer >/dev/null 2>&1; do sleep 0.01; done
+		ip -n OUT link add peer type veth peer name eth0 address 02:00:0a:4d:00:01 netns $pid
+		ip -n OUT link set peer master br0 up
+		inside() { nsenter -t $pid -n ip "$@"; }
+		[ -n "$1" ] && inside() { ip -n $pid "$@"; }
+		inside link set lo up
+		inside link set eth0 up
+		inside addr add V4/24 dev eth0
+		inside addr add OTHER/24 dev eth0
+		inside addr add V6/64 dev eth0 nodad
+	`
+	script = strings.NewReplacer("OUT", n.outside, "V4", insideV4, "V6", insideV6, "OTHER", insideOther).Replace(script)
+	if err := os.WriteFile(n.hook, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.watch(n.outside)
+	if byHook {
+		return n
+	}
+	n.ip("netns", "add", n.inside)
+	t.Cleanup(func() { n.ip("netns", "del", n.inside) })
+	if err := run(n.hook, n.inside); err != nil {
+		t.Fatal(err)
+	}
+	n.watch(n.inside)
+	return n
+}
+
+func (n *network) ip(args ...string) {
+	n.t.Helper()
+	if err := run("ip", args...); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func netnsPath(name string) string { return filepath.Join("/run/netns", name) }
+
+// join puts a container into the namespace, or lets its engine's hook connect it.
+func (n *network) join(byHook bool) option {
+	return func(_ *container, spec *specs.Spec) {
+		if byHook {
+			spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: n.hook}}}
+			return
+		}
+		for i := range spec.Linux.Namespaces {
+			if spec.Linux.Namespaces[i].Type == specs.NetworkNamespace {
+				spec.Linux.Namespaces[i].Path = netnsPath(n.inside)
+			}
+		}
+	}
+}
+
+// watch looks at every packet of a namespace, as tcpdump does, and notes resets.
+func (n *network) watch(name string) {
+	n.t.Helper()
+	var fd int
+	err := nsutil.Inside(netnsPath(name), func() (err error) {
+		const all = 0x0300 // htons(ETH_P_ALL)
+		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, all)
+		return err
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "packets")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for buf := make([]byte, 256); ; {
+			got, err := f.Read(buf)
+			if err != nil && !errors.Is(err, unix.ENETDOWN) {
+				return
+			}
+			n.packets.Add(1)
+			if what, reset := isReset(buf[:max(got, 0)]); reset {
+				n.mu.Lock()
+				n.resets = append(n.resets, name+": "+what)
+				n.mu.Unlock()
+			}
+		}
+	}()
+	n.t.Cleanup(func() { f.Close(); <-done })
+}
+
+// isReset tells a segment with RST of others.
+func isReset(p []byte) (string, bool) {
+	const rst = 4
+	header := 40
+	switch {
+	case len(p) > 40 && p[0]>>4 == 4 && p[9] == unix.IPPROTO_TCP:
+		header = int(p[0]&15) * 4
+	case len(p) > 60 && p[0]>>4 == 6 && p[6] == unix.IPPROTO_TCP:
+	default:
+		return "", false
+	}
+	if len(p) < header+14 || p[header+13]&rst == 0 {
+		return "", false
+	}
+	return fmt.Sprintf("%x", p[:header+14]), true
+}
+
+// noReset asserts that no reset was seen so far.
+func (n *network) noReset(t testing.TB) {
+	t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.resets) > 0 {
+		t.Fatalf("resets: %q", n.resets)
+	}
+	if n.packets.Load() == 0 {
+		t.Fatal("no packets were seen at all")
+	}
+}
+
+// peer is a client outside of the container.
+type peer struct {
+	*net.TCPConn
+	count  atomic.Uint32 // numbers that have gone through it
+	failed atomic.Pointer[error]
+	done   chan struct{}
+}
+
+// dial connects from the outside, and says what it wants.
+func (n *network) dial(t testing.TB, address, what string) *peer {
+	t.Helper()
+	p := &peer{done: make(chan struct{})}
+	err := nsutil.Inside(netnsPath(n.outside), func() error {
+		c, err := net.Dial("tcp", net.JoinHostPort(address, "7000"))
+		if err == nil {
+			p.TCPConn = c.(*net.TCPConn)
+			_, err = c.Write([]byte(what))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+func (p *peer) fail(err error) { p.failed.CompareAndSwap(nil, &err) }
+
+// download reads numbers and checks each.
+func (p *peer) download() *peer {
+	go func() {
+		defer close(p.done)
+		var next uint32
+		for buf := make([]byte, 64<<10); ; {
+			if _, err := io.ReadFull(p, buf); err != nil {
+				if !errors.Is(err, net.ErrClosed) {
+					p.fail(err)
+				}
+				return
+			}
+			for at := 0; at < len(buf); at += 4 {
+				if got := binary.LittleEndian.Uint32(buf[at:]); got != next {
+					p.fail(fmt.Errorf("number %d instead of %d", got, next))
+					return
+				}
+				next++
+			}
+			p.count.Store(next)
+		}
+	}()
+	return p
+}
+
+// upload sends numbers until finish.
+func (p *peer) upload() *peer {
+	go func() {
+		defer close(p.done)
+		var next uint32
+		for buf := make([]byte, 64<<10); ; p.count.Store(next) {
+			for at := 0; at < len(buf); at += 4 {
+				binary.LittleEndian.PutUint32(buf[at:], next)
+				next++
+			}
+			if _, err := p.Write(buf); err != nil {
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
+					p.fail(err)
+				}
+				return
+			}
+		}
+	}()
+	return p
+}
+
+// flows asserts that numbers go on through it.
+func (p *peer) flows(t testing.TB) {
+	t.Helper()
+	before := p.count.Load()
+	if !waitFor(func() bool { return p.count.Load() > before+100_000 || p.failed.Load() != nil }) {
+		t.Fatalf("the stream stands still at %d", before)
+	}
+	if err := p.failed.Load(); err != nil {
+		t.Fatalf("after %d numbers: %v", p.count.Load(), *err)
+	}
+}
+
+// echoes asserts that a line comes back.
+func (p *peer) echoes(t testing.TB, line string) {
+	t.Helper()
+	p.SetDeadline(time.Now().Add(patience))
+	got := make([]byte, len(line))
+	if _, err := p.Write([]byte(line)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(p, got); err != nil || string(got) != line {
+		t.Fatalf("%q came back for %q: %v", got, line, err)
+	}
+}
+
+// clients are connections of every kind.
+type clients struct {
+	n                    *network
+	down, down6, up, lag *peer
+	echo                 []*peer
+	half, late           *peer
+}
+
+func (n *network) clients(t *testing.T, idle int) *clients {
+	c := &clients{n: n}
+	if !waitFor(func() bool {
+		return nsutil.Inside(netnsPath(n.outside), func() error {
+			p, err := net.Dial("tcp", net.JoinHostPort(insideV6, "7000"))
+			if err == nil {
+				p.(*net.TCPConn).CloseWrite()
+				io.Copy(io.Discard, p)
+				p.Close()
+			}
+			return err
+		}) == nil
+	}) {
+		t.Fatal("nobody listens")
+	}
+	c.down, c.down6 = n.dial(t, insideV4, "D").download(), n.dial(t, insideV6, "D").download()
+	c.up = n.dial(t, insideV4, "U").upload()
+	c.lag = n.dial(t, insideV4, "D") // nobody reads it
+	for i := range idle {
+		c.echo = append(c.echo, n.dial(t, []string{insideV4, insideV6}[i%2], "E"))
+	}
+	c.half, c.late = n.dial(t, insideV4, "H"), n.dial(t, insideV6, "W")
+	if _, err := c.half.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatal(err)
+	}
+	if err := c.late.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	c.good(t)
+	return c
+}
+
+// good asserts that all live, the fast ones first: the others wait for them.
+func (c *clients) good(t testing.TB) {
+	t.Helper()
+	for _, p := range []*peer{c.down, c.down6, c.up} {
+		p.flows(t)
+	}
+	for i, p := range c.echo {
+		p.echoes(t, fmt.Sprintf("line %d\n", i))
+	}
+	var block [4096]byte
+	if _, err := c.half.Write(block[:0]); err != nil {
+		t.Fatal(err)
+	}
+	c.n.noReset(t)
+}
+
+// finish ends all and looks at what comes at the end.
+func (c *clients) finish(t testing.TB, box *container) {
+	t.Helper()
+	c.up.SetWriteDeadline(time.Now())
+	<-c.up.done
+	// What was written in part is sent to the end of its number.
+	var half [4]byte
+	sent := c.up.count.Load()
+	c.lag.download().flows(t)
+	for i := range uint32(1000) {
+		binary.LittleEndian.PutUint32(half[:], i)
+		if _, err := c.half.Write(half[:]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.n.noReset(t)
+	box.must(os.WriteFile(box.out("connections.go"), nil, 0o600))
+	c.late.SetDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(c.late); string(got) != "late\n" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	_ = sent
+	box.progress(5)
+}
+
+// TestConnections keeps connections to peers outside over a checkpoint, in a network
+// namespace that stays, and in one of the container's own that hooks connect.
+func TestConnections(t *testing.T) {
+	for name, byHook := range map[string]bool{"namespace that stays": false, "namespace of its own": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newNetwork(t, byHook)
+			c := newContainer(t, withReport("connections"), withArgs("/bin/connections"), withVaryingThreads(), n.join(byHook)).run()
+			c.progress(5)
+			peers := n.clients(t, 100)
+			for range 2 {
+				c.checkpoint("--tcp-established")
+				c.mustBeGone()
+				if held := n.tables(); !byHook && !strings.Contains(held, "ocickpt-") {
+					t.Errorf("nothing holds the packets: %q", held)
+				}
+				time.Sleep(100 * time.Millisecond)
+				c.restore()
+				if held := n.tables(); strings.Contains(held, "ocickpt-") {
+					t.Errorf("packets are still held: %q", held)
+				}
+				c.progress(10)
+				peers.good(t)
+			}
+			c.checkpoint("--tcp-established", "--leave-running")
+			c.progress(10)
+			peers.good(t)
+			peers.finish(t, c)
+		})
+	}
+}
+
+// tables lists the nftables of the container's namespace.
+func (n *network) tables() string {
+	out, _ := exec.Command("ip", "netns", "exec", n.inside, "nft", "list", "tables").CombinedOutput()
+	return string(bytes.TrimSpace(out))
+}

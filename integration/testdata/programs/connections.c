@@ -1,0 +1,200 @@
+/*
+ * connections [PORT] - a server of TCP, a thread a connection, and a client of its
+ * own over loopback. What a client wants it says with its first byte:
+ *
+ *   D  a stream of numbers, for as long as the client takes it
+ *   U  to send such a stream; at its end it gets the count of them
+ *   E  an echo
+ *   H  nothing: our side is shut at once, and what comes is read like U
+ *   W  "late\n" once /out/connections.go is there, whatever it shuts before
+ *
+ * A round of the report is one exchange of the program with itself.
+ */
+#include "hold.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/socket.h>
+
+#define BLOCK 8192
+
+static int port = 7000;
+
+static void write_all(int fd, const void *data, size_t size)
+{
+	for (const char *p = data; size > 0;) {
+		ssize_t n = write(fd, p, size);
+
+		need(n > 0);
+		p += n;
+		size -= n;
+	}
+}
+
+static void download(int fd)
+{
+	uint32_t block[BLOCK], next = 0;
+
+	for (;;) {
+		for (int i = 0; i < BLOCK; i++)
+			block[i] = next++;
+		for (size_t at = 0; at < sizeof(block);) {
+			ssize_t n = write(fd, (char *)block + at,
+					  sizeof(block) - at);
+
+			if (n <= 0) {
+				need(errno == EPIPE || errno == ECONNRESET);
+				return;
+			}
+			at += n;
+		}
+	}
+}
+
+/* take reads numbers to the end of the stream and returns how many. */
+static uint32_t take(int fd)
+{
+	static __thread unsigned char buf[BLOCK * 4];
+	uint32_t next = 0, number;
+	size_t have = 0;
+
+	for (;;) {
+		ssize_t n = read(fd, buf + have, sizeof(buf) - have);
+
+		if (n < 0 && errno == ECONNRESET)
+			return next;
+		need(n >= 0);
+		if (n == 0) {
+			need(have == 0);
+			return next;
+		}
+		have += n;
+		for (size_t at = 0; at + 4 <= have; at += 4) {
+			memcpy(&number, buf + at, 4);
+			if (number != next)
+				fail("number %u instead of %u", number, next);
+			next++;
+		}
+		memmove(buf, buf + have / 4 * 4, have % 4);
+		have %= 4;
+	}
+}
+
+static void echo(int fd)
+{
+	char buf[4096];
+	ssize_t n;
+
+	while ((n = read(fd, buf, sizeof(buf))) > 0)
+		write_all(fd, buf, n);
+	need(n == 0 || errno == ECONNRESET);
+}
+
+static void wait_for_word(int fd)
+{
+	while (access("/out/connections.go", F_OK))
+		doze(5 * MS);
+	write_all(fd, "late\n", 5);
+}
+
+static void *serve(void *arg)
+{
+	int fd = (intptr_t)arg;
+	uint32_t count;
+	char what;
+
+	if (read(fd, &what, 1) == 1) {
+		switch (what) {
+		case 'D':
+			download(fd);
+			break;
+		case 'U':
+			count = take(fd);
+			write_all(fd, &count, 4);
+			break;
+		case 'E':
+			echo(fd);
+			break;
+		case 'H':
+			need(!shutdown(fd, SHUT_WR));
+			take(fd);
+			break;
+		case 'W':
+			wait_for_word(fd);
+			break;
+		default:
+			fail("a client wants %c", what);
+		}
+	}
+	close(fd);
+	return NULL;
+}
+
+static void *accept_all(void *arg)
+{
+	int listener = (intptr_t)arg;
+	pthread_attr_t attr;
+	pthread_t thread;
+
+	need(!pthread_attr_init(&attr));
+	need(!pthread_attr_setstacksize(&attr, 128 << 10));
+	need(!pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED));
+	for (;;) {
+		int fd = accept(listener, NULL, NULL);
+
+		need(fd >= 0);
+		need(!pthread_create(&thread, &attr, serve,
+				     (void *)(intptr_t)fd));
+	}
+	return NULL;
+}
+
+int main(int argc, char **argv)
+{
+	struct sockaddr_in6 at = { .sin6_family = AF_INET6 };
+	struct sockaddr_in here = { .sin_family = AF_INET };
+	int listener, self, on = 1;
+	char line[64], back[64];
+	pthread_t thread;
+
+	if (argc > 1)
+		port = atoi(argv[1]);
+	report_open("connections");
+	unlink("/out/connections.go");
+	signal(SIGPIPE, SIG_IGN);
+	listener = socket(AF_INET6, SOCK_STREAM, 0);
+	need(listener >= 0);
+	at.sin6_port = htons(port);
+	need(!setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)));
+	need(!bind(listener, (void *)&at, sizeof(at)));
+	need(!listen(listener, 128));
+	need(!pthread_create(&thread, NULL, accept_all,
+			     (void *)(intptr_t)listener));
+	/* Loopback comes up when the harness has found us. */
+	here.sin_port = htons(port);
+	here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	while ((self = socket(AF_INET, SOCK_STREAM, 0)) >= 0 &&
+	       connect(self, (void *)&here, sizeof(here))) {
+		close(self);
+		doze(5 * MS);
+	}
+	need(!setsockopt(self, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
+	write_all(self, "E", 1);
+	for (;;) {
+		int size = snprintf(line, sizeof(line), "round %lu\n", round_no);
+
+		write_all(self, line, size);
+		for (int have = 0; have < size;) {
+			ssize_t n = read(self, back + have, size - have);
+
+			need(n > 0);
+			have += n;
+		}
+		need(!memcmp(line, back, size));
+		tick();
+		doze(5 * MS);
+	}
+}
