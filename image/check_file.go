@@ -45,7 +45,11 @@ var kinds = map[string]part{
 	KindPtmx:      partPty,
 	KindTTY:       partPty,
 	KindMqueue:    partMqueue,
+	KindExternal:  partNone,
 }
+
+// maxKey bounds the name of an open file that is left out.
+const maxKey = 256
 
 func (b *builder) checkFile(f *File) error {
 	want, ok := kinds[f.Kind]
@@ -54,6 +58,8 @@ func (b *builder) checkFile(f *File) error {
 		return fmt.Errorf("open file of kind %s is not known to this program", quote(f.Kind))
 	case f.onlyPart(want) != nil:
 		return f.onlyPart(want)
+	case (f.Kind == KindExternal) != (f.Key != "") || len(f.Key) > maxKey || b.keys[f.Key]:
+		return fmt.Errorf("an open file of kind %s with the key %s, or with one that stands twice", f.Kind, quote(f.Key))
 	case f.Size < 0 || f.Pos < 0:
 		return errors.New("its size or position is negative")
 	case f.Stdio < 0 || f.Stdio > 2:

@@ -103,6 +103,7 @@ type builder struct {
 	lent     map[Ref]bool              // address spaces of which others have borrowed
 	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
 	mqueues  map[queueName]bool        // that are taken
+	keys     map[string]bool           // of open files that are left out
 }
 
 func newBuilder() *builder {
@@ -116,6 +117,7 @@ func newBuilder() *builder {
 		lent:     map[Ref]bool{},
 		ipc:      map[string]map[int32]bool{},
 		mqueues:  map[queueName]bool{},
+		keys:     map[string]bool{},
 	}
 }
 
@@ -256,6 +258,11 @@ func (b *builder) keep(ref Ref, v any) {
 	case *Shmem, *SemSet, *Messages:
 		b.Objects[ref] = v
 		b.keepIPC(v)
+	case *File:
+		b.Objects[ref] = v
+		if v.Key != "" {
+			b.keys[v.Key] = true
+		}
 	case *Mqueue:
 		b.Objects[ref] = v
 		b.keepMqueue(v)

@@ -407,6 +407,14 @@ func TestBadObjects(t *testing.T) {
 		{"by method 2", on(func(q *Mqueue) bool { q.Notify.Method = 2; return true })},
 		{"tells process 9, which is not there", on(func(q *Mqueue) bool { q.Notify.Pid = 9; return true })},
 		{"names no ipc namespace", on(func(q *Mqueue) bool { q.NS = refPipe; return true })},
+		{"kind external with the key \"\"", on(func(f *File) bool { f.Key = ""; return f.Kind == KindExternal })},
+		{"kind eventfd with the key \"x\"", on(func(f *File) bool { f.Key = "x"; return f.Kind == KindEventfd })},
+		{"or with one that stands twice", on(func(f *File) bool {
+			if f.Kind == KindMqueue {
+				*f = File{Kind: KindExternal, Key: "pipe[77]"}
+			}
+			return f.Key != ""
+		})},
 		{"an inode of mode 0100", on(func(n *Inode) bool { n.Mode = 0o100; return true })},
 		{"an inode of mode 040755 and 5 bytes", on(func(n *Inode) bool { n.Size = 5; n.Mode = 0o40755; return n.Point == "" })},
 		{"and 9223372036854775808 bytes", on(func(n *Inode) bool { n.Size = 1 << 63; return len(n.Names) == 2 })},

@@ -507,6 +507,7 @@ const (
 	KindPtmx      = "ptmx"
 	KindTTY       = "tty"
 	KindMqueue    = "mqueue"
+	KindExternal  = "external"
 )
 
 // File is one open file description; exactly the part its Kind needs is set.
@@ -534,6 +535,8 @@ type File struct {
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
+
+	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).

@@ -48,6 +48,7 @@ const (
 	refRoot
 	refRootDir
 	refRootFile
+	refGiven
 )
 
 const areaHeap = 0x7f0000001000
@@ -157,6 +158,7 @@ func sampleObjects() []sampleRecord {
 		{TypeInode, Inode{Point: "/", Mode: 0o40755, Merged: true, Gone: []string{"gone\xff"}}},
 		{TypeInode, Inode{Names: []Name{{refRoot, "etc"}}, Mode: 0o40755, Merged: true, Gone: []string{"a", "b"}}},
 		{TypeInode, Inode{Names: []Name{{refRootDir, "c"}, {refRoot, "d"}}, Mode: 0o100644}},
+		{TypeFile, File{Kind: KindExternal, Flags: 1, Key: "pipe[77]", Path: "pipe:[77]", Mode: 0o010600, Opener: 1}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

@@ -28,15 +28,23 @@ type Summary struct {
 	Processes []ProcessSummary `json:"processes"` // parents before children
 	Tables    []TableSummary   `json:"files"`
 	// Loose are open files that no table has.
-	Loose    []DescriptorSummary `json:"loose,omitempty"`
-	Memory   []MemorySummary     `json:"memory"`
-	Shared   []SharedSummary     `json:"sharedMemory"`
-	Sections []SectionSummary    `json:"sections"`
-	Warnings []string            `json:"warnings"`
+	Loose      []DescriptorSummary `json:"loose,omitempty"`
+	Memory     []MemorySummary     `json:"memory"`
+	Shared     []SharedSummary     `json:"sharedMemory"`
+	Sections   []SectionSummary    `json:"sections"`
+	External   []ExternalSummary   `json:"external,omitempty"`
+	Warnings   []string            `json:"warnings"`
+	Namespaces []NamespaceSummary  `json:"namespaces"`
+	Nested     []NestedSummary     `json:"nested,omitempty"`
 	// Hold is the table of nftables that holds the packets of its connections off.
-	Hold       string             `json:"hold,omitempty"`
-	Namespaces []NamespaceSummary `json:"namespaces"`
-	Nested     []NestedSummary    `json:"nested,omitempty"`
+	Hold string `json:"hold,omitempty"`
+}
+
+// ExternalSummary is an open file that is left out and has to be given anew.
+type ExternalSummary struct {
+	Key  string `json:"key"`
+	Was  string `json:"was"` // as /proc/PID/fd showed it
+	Task int32  `json:"task"`
 }
 
 // Failure is the error record of a checkpoint that failed.
@@ -224,6 +232,7 @@ func summarize(h *Head, stored storage) *Summary {
 		Processes:  processSummaries(h),
 		Memory:     memorySummaries(h, stored),
 		Shared:     sharedSummaries(h, stored),
+		External:   externalSummaries(h),
 		Warnings:   append([]string{}, h.Container.Warnings...),
 	}
 	s.Tables, s.Loose = tableSummaries(h)
@@ -234,6 +243,16 @@ func summarize(h *Head, stored storage) *Summary {
 		s.Options = append(s.Options, "leave-running")
 	}
 	return s
+}
+
+func externalSummaries(h *Head) (list []ExternalSummary) {
+	for _, o := range h.Objects {
+		if f, ok := o.(*File); ok && f.Kind == KindExternal {
+			list = append(list, ExternalSummary{f.Key, f.Path, f.Opener})
+		}
+	}
+	slices.SortFunc(list, func(a, b ExternalSummary) int { return cmp.Compare(a.Key, b.Key) })
+	return list
 }
 
 func containerSummary(h *Head) ContainerSummary {
@@ -440,6 +459,8 @@ func target(h *Head, f *File) string {
 	case KindShmem:
 		m := h.Shmem(f.Pipe)
 		return strings.TrimSpace(fmt.Sprintf("%s #%d, %d bytes", m.Name, f.Pipe, m.Size))
+	case KindExternal:
+		return f.Key + ", was " + f.Path
 	case KindMqueue:
 		q := h.Mqueue(f.Pipe)
 		return fmt.Sprintf("/%s #%d, %d of %d messages", q.Name, f.Pipe, len(q.Messages), q.MaxCount)

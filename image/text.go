@@ -25,6 +25,12 @@ func (s *Summary) WriteText(w io.Writer) error {
 	s.textFiles(b)
 	s.textMemory(b)
 	s.textSections(b)
+	if len(s.External) > 0 {
+		fmt.Fprintf(b, "\nLeft out, to be given by --fd KEY=N\n")
+		for _, e := range s.External {
+			fmt.Fprintf(b, "  %s  %s of task %d\n", printable(e.Key), printable(e.Was), e.Task)
+		}
+	}
 	if len(s.Warnings) > 0 {
 		fmt.Fprintf(b, "\nWarnings\n")
 		for _, warning := range s.Warnings {

@@ -127,7 +127,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	}
 	n.files = file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
-		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], Sockets: c.sockets,
+		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], External: c.external, Sockets: c.sockets,
 	})
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,

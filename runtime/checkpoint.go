@@ -53,7 +53,11 @@ type CheckpointOptions struct {
 	TCPEstablished bool
 	// SkipInFlight: those that no program has accepted yet are left out.
 	SkipInFlight bool
-	Log          *slog.Logger
+	// External are the keys of open files that are left out, to be given anew at
+	// the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE],
+	// tty[DEVICE:INODE].
+	External []string
+	Log      *slog.Logger
 }
 
 // Report says how a journey went.
@@ -205,6 +209,9 @@ func (k *checkpoint) prepare(context.Context) error {
 	if err == nil {
 		c.refuseGuests = k.RefuseExec
 		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Warn: c.warn}
+		err = c.leaveOut(k.External)
+	}
+	if err == nil {
 		k.learned = newLearned(k.Log)
 		err = k.expect()
 	}

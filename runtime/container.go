@@ -49,6 +49,7 @@ type container struct {
 	places       *file.Places  // where watched files were found
 	rootDiff     rootfs.Source // nil: not asked for
 	sockets      sock.Choices
+	external     []file.Key // of open files that are left out
 }
 
 // load reads what the engine and the kernel know of a container, and refuses
@@ -354,6 +355,18 @@ func (c *container) lookAgain() error {
 func (c *container) readClocks(teller int) (err error) {
 	c.record.Monotonic, c.record.Boottime, c.now, err = namespace.Clocks(teller)
 	return goneIs(teller, err)
+}
+
+// leaveOut notes the open files that are not to be in the image.
+func (c *container) leaveOut(keys []string) error {
+	for _, text := range keys {
+		key, err := file.ParseKey(text)
+		if err != nil {
+			return err
+		}
+		c.external = append(c.external, key)
+	}
+	return nil
 }
 
 func (c *container) warn(format string, args ...any) {

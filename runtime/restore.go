@@ -49,7 +49,10 @@ type RestoreOptions struct {
 	// FileValidation is one of FileValidations, "" for the first.
 	FileValidation string
 	// RootfsDiff is one of RootfsDiffs, "" for the first.
-	RootfsDiff    string
+	RootfsDiff string
+	// Given are descriptors of this process, by the keys of the open files that
+	// the image leaves out (CheckpointOptions.External).
+	Given         map[string]int
 	SystemdCgroup bool
 	NoPivot       bool
 	NoNewKeyring  bool
@@ -212,6 +215,9 @@ func (r *restore) create(context.Context) (err error) {
 	if r.service, err = tracee.NewService(); err != nil {
 		return err
 	}
+	if err := file.CheckGiven(r.head, r.Given); err != nil {
+		return err
+	}
 	if r.made, err = createContainer(r); err != nil {
 		return err
 	}
@@ -245,7 +251,7 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
-	r.maker.Warn = r.Log.Warn
+	r.maker.Warn, r.maker.Given = r.Log.Warn, r.Given
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
 		r.maker.Validation = file.ValidateStrict
 	}

@@ -26,6 +26,7 @@ var checkpointCommand = &cli.Command{
 		&cli.StringFlag{Name: "rootfs-manifest", Usage: "likewise where it is none: `FILE` is of ocickpt manifest, before the first start"},
 		&cli.BoolFlag{Name: "tcp-established", Usage: "keep connections of TCP"},
 		&cli.BoolFlag{Name: "tcp-skip-in-flight", Usage: "let connections be reset that no program has accepted yet"},
+		&cli.StringSliceFlag{Name: "external", Usage: "leave an open file out, to be given at the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE], tty[DEVICE:INODE]"},
 		&cli.StringFlag{Name: "exec-sessions", Value: "keep", Usage: "processes of runc exec: keep them, or fail"},
 	},
 	Action: checkpoint,
@@ -50,8 +51,8 @@ func checkpoint(c *cli.Context) error {
 	}
 	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
 		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"),
-		RefuseExec: sessions == "fail", RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"),
-		TCPEstablished: c.Bool("tcp-established"), SkipInFlight: c.Bool("tcp-skip-in-flight"), Log: log,
+		TCPEstablished: c.Bool("tcp-established"), SkipInFlight: c.Bool("tcp-skip-in-flight"),
+		RefuseExec: sessions == "fail", External: c.StringSlice("external"), RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"), Log: log,
 	})
 	if work := c.String("work-path"); work != "" {
 		err = errors.Join(err, dumpLog(work, err))

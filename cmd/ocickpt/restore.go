@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -30,6 +31,7 @@ var restoreCommand = &cli.Command{
 		&cli.BoolFlag{Name: "leave-frozen", Usage: "leave the container paused: runc resume lets it run"},
 		&cli.StringFlag{Name: "pid-file", Usage: "file for the pid of the container's init"},
 		&cli.StringFlag{Name: "console-socket", Usage: "unix socket that takes the master of the container's terminal, with --detach"},
+		&cli.StringSliceFlag{Name: "fd", Usage: "`KEY=N`: what the image has left out under KEY is descriptor N of this process"},
 		&cli.StringFlag{Name: "file-validation", Value: runtime.FileValidations[0], Usage: "how far files must be as they were: " + strings.Join(runtime.FileValidations, ", ")},
 		&cli.StringFlag{Name: "rootfs-diff", Value: runtime.RootfsDiffs[0], Usage: "what the image has changed in the root file system: " + strings.Join(runtime.RootfsDiffs, ", ")},
 		&cli.BoolFlag{Name: "tcp-established", Usage: "accepted; the image says whether connections of TCP are kept"},
@@ -65,8 +67,13 @@ func restore(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	given, err := givenFiles(c.StringSlice("fd"))
+	if err != nil {
+		return err
+	}
 	o := runtime.RestoreOptions{
 		TCPClose: c.Bool("tcp-close"), AddressMap: addresses,
+		Given:       given,
 		LeaveFrozen: c.Bool("leave-frozen"), FileValidation: c.String("file-validation"), RootfsDiff: c.String("rootfs-diff"),
 		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
 		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
@@ -92,6 +99,23 @@ func restore(c *cli.Context) error {
 		return nil
 	}
 	return foreground(r, signals)
+}
+
+// givenFiles reads what stands behind --fd: KEY=N.
+func givenFiles(list []string) (map[string]int, error) {
+	out := map[string]int{}
+	for _, text := range list {
+		key, number, _ := strings.Cut(text, "=")
+		n, err := strconv.ParseUint(number, 10, 31)
+		if err != nil {
+			return nil, fmt.Errorf("--fd %s: it is KEY=N, N being a descriptor of this process", text)
+		}
+		if _, twice := out[key]; twice {
+			return nil, fmt.Errorf("--fd %s: there is one for %s already", text, key)
+		}
+		out[key] = int(n)
+	}
+	return out, nil
 }
 
 // foreground forwards signals to the container until its init ends, connects its

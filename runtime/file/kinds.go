@@ -26,7 +26,7 @@ type kind struct {
 var kinds []kind
 
 func init() {
-	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, shmem, socket, ptmx, tty, mqueue, proc, regular, directory, device}
+	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, shmem, socket, ptmx, tty, mqueue, external, proc, regular, directory, device}
 }
 
 func kindOf(name string) *kind {

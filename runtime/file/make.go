@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"slices"
@@ -29,6 +30,8 @@ type Maker struct {
 	Warn     func(msg string, args ...any)
 	// Validation is one of Validations.
 	Validation string
+	// Given are the files for what the image leaves out, by key (CheckGiven).
+	Given map[string]int
 
 	head     *image.Head
 	bundle   Identity
@@ -57,7 +60,8 @@ type Maker struct {
 	notified map[image.Ref]bool   // those whose task is to be told again
 
 	connections map[image.Ref]*sock.Remade
-	connected   []image.Ref // in the order of the stream
+	connected   []image.Ref    // in the order of the stream
+	given       map[string]int // what has the stub of Given
 }
 
 type madePipe struct {
@@ -81,7 +85,7 @@ func NewMaker(head *image.Head, stub *tracee.Stub, sock int, bundle Identity) *M
 		Realtime: head.Header.Time, head: head, stub: stub, sock: sock, bundle: bundle,
 		fds: map[image.Ref]int{}, pipes: map[image.Ref]*madePipe{}, ptys: map[image.Ref]*madePty{}, segments: map[image.Ref]int{}, readonly: map[image.Ref]int{},
 		taken: map[image.Ref]bool{}, late: map[image.Ref]*os.File{}, anchors: map[image.Ref]int{}, owned: map[image.Ref]bool{}, unnamed: map[image.Ref]int{},
-		queues: map[image.Ref]int{}, texts: map[image.Ref][]byte{}, notified: map[image.Ref]bool{},
+		queues: map[image.Ref]int{}, texts: map[image.Ref][]byte{}, notified: map[image.Ref]bool{}, given: map[string]int{},
 	}
 	m.initPid = head.Tree.Processes[0].Pid
 	m.base = SocketFD + 1
@@ -153,6 +157,9 @@ func (m *Maker) Start() (err error) {
 
 // Make opens everything.
 func (m *Maker) Make() error {
+	if err := m.takeGiven(); err != nil {
+		return err
+	}
 	if err := m.makeRemoved(); err != nil {
 		return err
 	}
@@ -250,7 +257,7 @@ func (m *Maker) opens() (n int) {
 			}
 		}
 	}
-	return n
+	return n + len(m.Given)
 }
 
 // OpenRoot opens a directory of the container that other rooms work in, in the
@@ -464,8 +471,12 @@ func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
 // Send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
 // returns its number there.
 func (m *Maker) Send(to *tracee.Stub, f *os.File) (int, error) {
-	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0); err != nil {
-		return 0, fmt.Errorf("send %s: %w", f.Name(), err)
+	return m.send(to, int(f.Fd()), f.Name())
+}
+
+func (m *Maker) send(to *tracee.Stub, ours int, name string) (int, error) {
+	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(ours), nil, 0); err != nil {
+		return 0, fmt.Errorf("send %s: %w", name, err)
 	}
 	socket := m.socket
 	if socket == 0 {
@@ -481,7 +492,7 @@ func (m *Maker) Send(to *tracee.Stub, f *os.File) (int, error) {
 	binary.LittleEndian.PutUint64(b.At(msg.Plus(40), 8), uint64(unix.CmsgSpace(4)))
 	b.Add(unix.SYS_RECVMSG, tracee.W(socket), msg, tracee.W(unix.MSG_CMSG_CLOEXEC))
 	if _, err := to.Run(&b); err != nil {
-		return 0, fmt.Errorf("receive %s: %w", f.Name(), err)
+		return 0, fmt.Errorf("receive %s: %w", name, err)
 	}
 	return int(binary.LittleEndian.Uint32(b.At(control.Plus(unix.CmsgLen(0)), 4))), nil
 }
@@ -649,7 +660,7 @@ func (m *Maker) Share(to *tracee.Stub) error {
 
 // numbers lists every descriptor of the maker's table.
 func (m *Maker) numbers() []int {
-	all := slices.Concat([]int{m.socket}, m.stdio[:], m.kept)
+	all := slices.Concat([]int{m.socket}, m.stdio[:], m.kept, slices.Collect(maps.Values(m.given)))
 	for _, fd := range m.fds {
 		all = append(all, fd)
 	}

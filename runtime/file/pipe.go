@@ -105,7 +105,7 @@ func (p *pipe) outside() error {
 		return fmt.Errorf("poll: %w", err)
 	}
 	if fds[0].Revents&(unix.POLLHUP|unix.POLLERR) == 0 {
-		return fail.Refuse("", "the other end of this pipe is held outside the container", "close it before the checkpoint")
+		return fail.Refuse("", "the other end of this pipe is held outside the container", "close it before the checkpoint, or leave it out (--external)")
 	}
 	return nil
 }
@@ -201,7 +201,7 @@ var fifo = kind{
 	read: func(s *Set, d *Description) error {
 		d.Record.Kind, d.Record.Path = image.KindFifo, d.seen.link
 		if s.external(d.seen) {
-			return fail.Refuse("", "the fifo lies outside the container", "close it before the checkpoint")
+			return fail.Refuse("", "the fifo lies outside the container", "close it before the checkpoint, or leave it out (--external)")
 		}
 		if err := s.resolves(d.seen.link, &d.seen.stat); err != nil {
 			return err

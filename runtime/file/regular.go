@@ -76,7 +76,7 @@ var regular = kind{
 	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFREG },
 	read: func(s *Set, d *Description) error {
 		if s.external(d.seen) {
-			return fail.Refuse("", "the file lies outside the container", "close it before the checkpoint")
+			return fail.Refuse("", "the file lies outside the container", "close it before the checkpoint, or leave it out (--external)")
 		}
 		st := &d.seen.stat
 		d.Record.Kind = image.KindRegular

@@ -175,6 +175,8 @@ type Env struct {
 	Remade func(dev uint64) bool
 	// Views are the mount namespaces that tasks have made, once these are known.
 	Views func() []*namespace.View
+	// External are the open files that are to be left out.
+	External []Key
 	// Place is the one that a process is in, nil for the container's own.
 	Place func(pid int) *namespace.View
 }
@@ -248,6 +250,9 @@ func (s *Set) Describe() error {
 			t.entries[i].desc = byFile[t.entries[i].seen]
 		}
 	}
+	if err := s.findExternal(groups); err != nil {
+		return err
+	}
 	for _, d := range s.descs {
 		if err := s.describe(d); err != nil {
 			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
@@ -282,6 +287,10 @@ func (s *Set) describe(d *Description) error {
 	d.Record.Opener = int32(d.seen.proc.Inner)
 	if err := s.readOwner(d); err != nil {
 		return gone(d.seen.proc.Pid, err)
+	}
+	if d.Record.Key != "" {
+		s.readExternal(d)
+		return nil
 	}
 	for _, k := range kinds {
 		if k.is(s, d.seen) {

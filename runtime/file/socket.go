@@ -28,7 +28,7 @@ func (s *Set) inContainersNetwork(f *os.File) error {
 		return fmt.Errorf("its network namespace: %w", err)
 	}
 	if st.Ino != s.NetNS {
-		return fail.Refuse("", "it belongs to another network namespace than the container's; such sockets are not supported yet", "close it before the checkpoint")
+		return fail.Refuse("", "it belongs to another network namespace than the container's; such sockets are not supported yet", "close it before the checkpoint, or leave it out (--external)")
 	}
 	return nil
 }
