@@ -474,6 +474,11 @@ func target(h *Head, f *File) string {
 		return fmt.Sprintf("clock %d, %v left, every %v", f.Timerfd.Clock, time.Duration(f.Timerfd.Left), time.Duration(f.Timerfd.Interval))
 	case KindSignalfd:
 		return fmt.Sprintf("signals %#x", f.Signalfd.Mask)
+	case KindPidfd:
+		if f.Gone != nil {
+			return "a task that is gone"
+		}
+		return fmt.Sprintf("task %d", f.Pid)
 	case KindInotify:
 		return inotifyTarget(f.Inotify)
 	case KindSocket:

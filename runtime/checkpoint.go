@@ -374,6 +374,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.files.SettleTimers(k.c.now, k.head.header.Time)
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
 		func() error { return k.readTerminals(n) },
