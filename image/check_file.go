@@ -257,6 +257,9 @@ func checkTCP(s *Socket) error {
 
 // Connection names the ends of a connection for messages.
 func (s *Socket) Connection() string {
+	if s.TCP.Peer == nil {
+		return "that has ended, of " + socketAddress(s.Family, s.Address, "")
+	}
 	return socketAddress(s.Family, s.Address, "") + " to " + socketAddress(s.Family, s.TCP.Peer, "")
 }
 

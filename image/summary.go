@@ -538,7 +538,10 @@ func socketTarget(s *Socket) string {
 	}
 	words = append(words, socketAddress(s.Family, s.Address, s.Path))
 	if t := s.TCP; t != nil {
-		words = append(words, "to", socketAddress(s.Family, t.Peer, ""), fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
+		if t.Peer != nil {
+			words = append(words, "to", socketAddress(s.Family, t.Peer, ""))
+		}
+		words = append(words, fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
 	}
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), " ")
 }
