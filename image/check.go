@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"path"
 	"reflect"
 	"slices"
 	"strings"
@@ -121,6 +122,48 @@ func checkContainer(c *Container) error {
 			return fmt.Errorf("%s is no type of namespace", quote(ns.Type))
 		}
 		last = ns.Ref
+	}
+	return checkSubs(c.Subs)
+}
+
+// maxSubs bounds the cgroups below a container's own.
+const maxSubs = 10000
+
+// checkSubs checks that cgroups are below the container's own, each after the one
+// it is in, and that no file stands twice or leads elsewhere.
+func checkSubs(subs []SubCgroup) error {
+	if len(subs) > maxSubs {
+		return fmt.Errorf("%d cgroups", len(subs))
+	}
+	seen := map[[2]string]bool{}
+	for _, s := range subs {
+		if seen[[2]string{s.Hierarchy, s.Path}] {
+			return fmt.Errorf("cgroup %s stands twice", quote(s.Path))
+		}
+		if above := path.Dir(s.Path); s.Path != "" && (path.IsAbs(s.Path) || path.Clean(s.Path) != s.Path || s.Path == ".." || strings.HasPrefix(s.Path, "../") || above != "." && !seen[[2]string{s.Hierarchy, above}]) {
+			return fmt.Errorf("cgroup %s does not lie below the container's, or before the one it is in", quote(s.Path))
+		}
+		seen[[2]string{s.Hierarchy, s.Path}] = true
+		files := map[string]bool{}
+		for _, f := range s.Files {
+			if f.Name == "" || f.Name == "." || f.Name == ".." || strings.Contains(f.Name, "/") || files[f.Name] {
+				return fmt.Errorf("file %s of cgroup %s is not valid or stands twice", quote(f.Name), quote(s.Path))
+			}
+			files[f.Name] = true
+			if f.Mode&^0o777 != 0 || s.Mode&^0o7777 != 0 {
+				return fmt.Errorf("cgroup %s or its file %s has no valid mode", quote(s.Path), quote(f.Name))
+			}
+		}
+	}
+	return nil
+}
+
+// checkPlaces checks that a thread is in cgroups of the image.
+func (b *builder) checkPlaces(t *Thread) error {
+	for hierarchy, at := range t.Cgroups {
+		if at == "" || !b.subs[[2]string{hierarchy, at}] {
+			return fmt.Errorf("its cgroup %s:%s is not there", quote(hierarchy), quote(at))
+		}
 	}
 	return nil
 }

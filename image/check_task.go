@@ -200,7 +200,7 @@ func (b *builder) checkThread(t *Thread) error {
 	if t.Files != 0 && object[Files](&b.Head, t.Files) == nil || t.FS != 0 && object[FS](&b.Head, t.FS) == nil {
 		return errors.New("its own descriptor table or file system context stands nowhere before it")
 	}
-	return first(checkComm(t.Comm), checkPending(t.Pending), checkControls(&t.Controls), checkPolicy(t.Policy))
+	return first(b.checkPlaces(t), checkComm(t.Comm), checkPending(t.Pending), checkControls(&t.Controls), checkPolicy(t.Policy))
 }
 
 func checkControls(c *Controls) error {

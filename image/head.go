@@ -104,6 +104,7 @@ type builder struct {
 	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
 	mqueues  map[queueName]bool        // that are taken
 	keys     map[string]bool           // of open files that are left out
+	subs     map[[2]string]bool        // cgroups that tasks have made, by hierarchy and path
 }
 
 func newBuilder() *builder {
@@ -118,6 +119,7 @@ func newBuilder() *builder {
 		ipc:      map[string]map[int32]bool{},
 		mqueues:  map[queueName]bool{},
 		keys:     map[string]bool{},
+		subs:     map[[2]string]bool{},
 	}
 }
 
@@ -206,7 +208,7 @@ func (b *builder) check(v any) error {
 	case *Removed:
 		return checkRemovedFile(v)
 	case *Pipe:
-		return b.checkPipe(v)
+		return checkPipe(v)
 	case *Pty:
 		return checkPty(v)
 	case *Inode:
@@ -236,6 +238,9 @@ func (b *builder) keep(ref Ref, v any) {
 		b.Arch = *v
 	case *Container:
 		b.Container = *v
+		for _, s := range v.Subs {
+			b.subs[[2]string{s.Hierarchy, s.Path}] = true
+		}
 		for i := range v.Namespaces {
 			ns := &b.Container.Namespaces[i]
 			b.Objects[ns.Ref] = ns

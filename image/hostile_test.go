@@ -180,7 +180,7 @@ func TestOrder(t *testing.T) {
 		"ref reused":      {func(f *forge) { f.head(t, 4); f.any(t, TypePipe, 2, pipe) }, "does not ascend"},
 		"ref descends":    {func(f *forge) { f.head(t, 4); f.any(t, TypePipe, 9, pipe); f.any(t, TypePipe, 8, pipe) }, "does not ascend"},
 		"ref on a task":   {func(f *forge) { f.head(t, 4); f.any(t, TypeTask, 3, Task{}) }, "must not carry a reference"},
-		"unknown type":    {func(f *forge) { f.head(t, 4); f.any(t, 777, 3, pipe) }, "type-777 record at offset 680: this record type is not known"},
+		"unknown type":    {func(f *forge) { f.head(t, 4); f.any(t, 777, 3, pipe) }, "type-777 record at offset 752: this record type is not known"},
 		"incomplete pipe": {func(f *forge) { f.contents(t); f.any(t, TypeTrailer, 0, f.tally.trailer()) }, "pipe #4 holds 5 bytes, the image has 0"},
 		"wrong digest": {func(f *forge) {
 			f.head(t, 3)
@@ -276,31 +276,9 @@ func TestBadObjects(t *testing.T) {
 			if f.Epoll == nil {
 				return false
 			}
-			f.Epoll = &Epoll{Entries: []EpollEntry{{FD: 3, File: refPipe}}}
+			f.Epoll = &Epoll{[]EpollEntry{{FD: 3, File: refPipe}}}
 			return true
 		})},
-		{"a pidfd without a task", instead(File{Kind: KindPidfd})},
-		{"without a number", instead(File{Kind: KindPidfd, Gone: &Gone{}})},
-		{"one that is there too", instead(File{Kind: KindPidfd, Pid: 1, Gone: &Gone{Number: 1}})},
-		{"about a task that is gone", instead(File{Kind: KindDevice, Gone: &Gone{Number: 1}})},
-		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/8/status", Gone: &Gone{Number: 1, Pid: 7}})},
-		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/7/../sys", Gone: &Gone{Number: 1, Pid: 7}})},
-		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/7/..", Gone: &Gone{Number: 1, Pid: 7}})},
-		{"is no file of task 0", instead(File{Kind: KindProc, Path: "/proc/sys", Gone: &Gone{Number: 1}})},
-		{"is no namespace of task 7", instead(File{Kind: KindNamespace, Pid: 7, Path: "/proc/7/ns/../mem"})},
-		{"is no namespace of task 7", instead(File{Kind: KindNamespace, Pid: 7, Path: "/proc/7/ns/all"})},
-		{"is no namespace of task 0", instead(File{Kind: KindNamespace, Path: "/proc/0/ns/net"})},
-		{"parameters of 3 bytes", on(func(f *File) bool {
-			if f.Epoll == nil {
-				return false
-			}
-			f.Epoll = &Epoll{BusyPoll: make([]byte, 3)}
-			return true
-		})},
-		{"has runs of 4", on(func(p *Pipe) bool { p.Runs = []PipeRun{{Length: 4, Packet: true}}; return true })},
-		{"a packet of 4097 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{Length: 4097, Packet: true}}; return true })},
-		{"a packet of 0 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{}, {Length: 5}}; return true })},
-		{"names no fifo", on(func(p *Pipe) bool { p.Removed = refPipe; return true })},
 		{"watch 0 is not positive", watching(Watch{Mask: 2, Path: "/etc"})},
 		{"watch 1 is not positive or stands twice", watching(Watch{WD: 1, Mask: 2, Path: "/etc"}, Watch{WD: 1, Mask: 2, Path: "/srv"})},
 		{"has the mask 0x2000002", watching(Watch{WD: 1, Mask: 0x2000002, Path: "/etc"})},
@@ -394,6 +372,7 @@ func TestBadObjects(t *testing.T) {
 		{"supplementary groups", on(func(k *Task) bool { k.Threads[0].Creds.Groups = make([]uint32, maxGroups+1); return true })},
 		{"memory controls", on(func(k *Task) bool { k.MDWE = 4; return true })},
 		{"memory controls", on(func(k *Task) bool { k.THPDisable = 4; return true })},
+		{`its cgroup "":"no" is not there`, on(func(k *Task) bool { k.Threads[0].Cgroups[""] = "no"; return true })},
 		{"a segment of 15 bytes", on(func(k *Task) bool { k.LDT = [][]byte{make([]byte, 15)}; return true })},
 		{"stands twice", on(func(k *Task) bool { k.LDT = [][]byte{make([]byte, 16), make([]byte, 16)}; return true })},
 		{"out of its table", on(func(k *Task) bool { k.Threads[0].Controls.TLS = [][]byte{make([]byte, 16)}; return true })},
@@ -655,11 +634,17 @@ func TestBadBeginning(t *testing.T) {
 	refused(t, f.image(), "page size 65536")
 
 	for want, damage := range map[string]func(c *Container){
-		"no type of namespace":   func(c *Container) { c.Namespaces[0].Type = "dream" },
-		"does not ascend":        func(c *Container) { c.Namespaces[1].Ref = 1 },
-		"4 standard streams":     func(c *Container) { c.Stdio = make([]string, 4) },
-		"configuration is longe": func(c *Container) { c.Spec = make([]byte, maxSpec+1) },
-		"has a NUL":              func(c *Container) { c.Cgroups = map[string]string{"": "\x00"} },
+		"no type of namespace":               func(c *Container) { c.Namespaces[0].Type = "dream" },
+		"does not ascend":                    func(c *Container) { c.Namespaces[1].Ref = 1 },
+		"4 standard streams":                 func(c *Container) { c.Stdio = make([]string, 4) },
+		"configuration is longe":             func(c *Container) { c.Spec = make([]byte, maxSpec+1) },
+		"does not lie below the container's": func(c *Container) { c.Subs[0].Path = "../x" },
+		"stands twice":                       func(c *Container) { c.Subs[1] = c.Subs[0] },
+		"before the one it is in":            func(c *Container) { c.Subs = c.Subs[1:] },
+		`file "a/b" of cgroup "init.scope"`:  func(c *Container) { c.Subs[0].Files[0].Name = "a/b" },
+		"has no valid mode":                  func(c *Container) { c.Subs[0].Mode = 0o40755 },
+		"10001 cgroups":                      func(c *Container) { c.Subs = make([]SubCgroup, 10001) },
+		"has a NUL":                          func(c *Container) { c.Cgroups = map[string]string{"": "\x00"} },
 	} {
 		f := newForge()
 		f.head(t, 2)

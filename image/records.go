@@ -1,7 +1,5 @@
 package image
 
-import "path"
-
 // The schema: every record that can stand in a stream, in one place, as
 // linux-cr kept it in one header. Payloads are CBOR maps with integer keys;
 // a key is never reused for another meaning, and a reader skips keys it does
@@ -123,7 +121,31 @@ type Container struct {
 	Boottime    int64             `cbor:"19,keyasint"`           // CLOCK_BOOTTIME likewise
 	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
 	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
-	Hold        string            `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
+
+	Subs []SubCgroup `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
+	Hold string      `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
+}
+
+// SubCgroup is a cgroup below the container's own, or, with an empty Path, that
+// itself, of which only what it hands on is the container's to say.
+type SubCgroup struct {
+	Hierarchy string       `cbor:"1,keyasint,omitempty"` // controllers as in /proc/PID/cgroup, "" for v2
+	Path      string       `cbor:"2,keyasint,omitempty"` // from the container's own
+	UID       uint32       `cbor:"3,keyasint,omitempty"` // of the directory, as the container's user namespace numbers it
+	GID       uint32       `cbor:"4,keyasint,omitempty"`
+	Mode      uint32       `cbor:"5,keyasint,omitempty"`
+	Files     []CgroupFile `cbor:"6,keyasint,omitempty"`
+}
+
+// CgroupFile is a file of a cgroup: a setting, or one that has been given to
+// somebody.
+type CgroupFile struct {
+	Name  string `cbor:"1,keyasint"`
+	Set   bool   `cbor:"2,keyasint,omitempty"` // a setting, with the value
+	Value string `cbor:"3,keyasint,omitempty"` // as it is read, without the last newline
+	UID   uint32 `cbor:"4,keyasint,omitempty"`
+	GID   uint32 `cbor:"5,keyasint,omitempty"`
+	Mode  uint32 `cbor:"6,keyasint,omitempty"`
 }
 
 // Namespace is one namespace of the container.
@@ -351,6 +373,8 @@ type Thread struct {
 	Policy      *MemPolicy  `cbor:"41,keyasint,omitempty"` // set_mempolicy(2)
 	Exited      bool        `cbor:"42,keyasint,omitempty"` // a leader that has ended while others run: it has an id, a name and credentials
 	ExitCode    uint32      `cbor:"43,keyasint,omitempty"` // of such a leader, as exit_code in /proc/PID/stat
+
+	Cgroups map[string]string `cbor:"60,keyasint,omitempty"` // by hierarchy, where it is below the container's own
 }
 
 // Controls is what prctl(2), arch_prctl(2) and ptrace(2) set for one thread
@@ -501,8 +525,6 @@ const (
 	KindTimerfd   = "timerfd"
 	KindSignalfd  = "signalfd"
 	KindInotify   = "inotify"
-	KindPidfd     = "pidfd"
-	KindNamespace = "namespace"
 	KindSocket    = "socket"
 	KindProc      = "proc"
 	KindStdio     = "stdio"
@@ -539,20 +561,9 @@ type File struct {
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
-	Gone    *Gone    `cbor:"31,keyasint,omitempty"` // pidfd and proc: the task it is about, which is gone
 
 	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }
-
-// Gone is a task that is gone and of which descriptors are left.
-type Gone struct {
-	Number uint32 `cbor:"1,keyasint"`           // the same in all files about it
-	Pid    int32  `cbor:"2,keyasint,omitempty"` // proc: which it had
-	Status uint32 `cbor:"3,keyasint,omitempty"` // pidfd: how it ended, as wait(2) tells it
-}
-
-// NamespaceLink is the name below /proc/PID/ns of an open namespace.
-func (f *File) NamespaceLink() string { return path.Base(f.Path) }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
 type Owner struct {
@@ -586,16 +597,6 @@ type Pipe struct {
 	Length   uint32 `cbor:"2,keyasint"`           // bytes in it
 	Path     string `cbor:"3,keyasint,omitempty"` // of a fifo
 	Packet   bool   `cbor:"4,keyasint,omitempty"`
-
-	Runs    []PipeRun `cbor:"5,keyasint,omitempty"` // what its bytes are, where some are packets
-	Removed Ref       `cbor:"6,keyasint,omitempty"` // of a fifo: the file, where Path does not name it any more
-}
-
-// PipeRun is a run of the bytes in a pipe: a packet, which is read alone (O_DIRECT of
-// pipe(2)), or a stream.
-type PipeRun struct {
-	Length uint32 `cbor:"1,keyasint"`
-	Packet bool   `cbor:"2,keyasint,omitempty"`
 }
 
 // Pty is a pseudo-terminal: a master, opened as ptmx, and its slave /dev/pts/Index.
@@ -660,8 +661,7 @@ type Xattr struct {
 
 // Epoll is an interest list.
 type Epoll struct {
-	Entries  []EpollEntry `cbor:"1,keyasint"`
-	BusyPoll []byte       `cbor:"2,keyasint,omitempty"` // struct epoll_params, where anything is set in it
+	Entries []EpollEntry `cbor:"1,keyasint"`
 }
 
 // EpollEntry is one registration: the number it was made under and the file

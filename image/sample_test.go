@@ -83,6 +83,7 @@ func sampleContainer() Container {
 		Stdio:   []string{"/dev/null", "pipe:[77]", "pipe:[78]"}, Hostname: "web-1", Paused: true,
 		Links:     []Link{{Name: "eth0", Type: "veth", Up: true, Addresses: []string{"10.0.0.2/24"}}},
 		Monotonic: 5e9, Boottime: 6e9,
+		Subs:     []SubCgroup{{Path: "init.scope", UID: 33, Mode: 0o755, Files: []CgroupFile{{Name: "cgroup.freeze", Set: true, Value: "0", Mode: 0o644}}}, {Path: "init.scope/x\xff", Mode: 0o755}},
 		Warnings: []string{"fd 9 of process 7: a file lock was left out"},
 	}
 }
@@ -101,6 +102,7 @@ func sampleThread(tid int32, comm string) Thread {
 		Tid: tid, Comm: []byte(comm), Regs: bytes.Repeat([]byte{byte(tid)}, regsAMD64), XState: make([]byte, 64),
 		Rseq:    &Rseq{0x7f0000001100, 32, 0x53053053},
 		Creds:   Credentials{UID: [4]uint32{33, 33, 33, 33}, Groups: []uint32{33, 4}},
+		Cgroups: map[string]string{"": "init.scope"},
 		Seccomp: []Filter{{Program: make([]byte, 16)}}, SeccompMode: 2,
 		Pending: [][]byte{bytes.Repeat([]byte{1}, siginfoSize)},
 		Restart: &Restart{Nr: 230, Left: -1},
@@ -127,7 +129,7 @@ func sampleObjects() []sampleRecord {
 		{TypeFile, File{Kind: KindPipe, Pipe: refPipe}},
 		{TypeFile, File{Kind: KindPipe, Flags: 0o4001, Pipe: refPipe}},
 		{TypeFile, File{Kind: KindRegular, Path: "/usr/sbin/nginx", Size: 100, Mode: 0o100755, Mtime: 5}},
-		{TypeFile, File{Kind: KindEpoll, Flags: 2, Epoll: &Epoll{Entries: []EpollEntry{{FD: 3, File: refReader, Events: 1, Data: 99}}}}},
+		{TypeFile, File{Kind: KindEpoll, Flags: 2, Epoll: &Epoll{[]EpollEntry{{FD: 3, File: refReader, Events: 1, Data: 99}}}}},
 		{TypeFile, File{Kind: KindEventfd, Flags: 2, Eventfd: &Eventfd{Count: 3}}},
 		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afInet, Type: 1, Listening: true, Backlog: 128, Address: append(address, 10, 0, 0, 2)}}},
 		{TypeRemoved, Removed{Path: "/var/log/\xff\x1b]0;evil\x07", Mode: 0o100640, Size: 8192, Opener: 7}},

@@ -64,6 +64,7 @@ type ContainerSummary struct {
 	Hostname string            `json:"hostname"`
 	Paused   bool              `json:"paused"`
 	Cgroups  map[string]string `json:"cgroups"`
+	Subs     int               `json:"subCgroups,omitempty"` // that tasks have made
 	Mounts   int               `json:"mounts"`
 	Links    []string          `json:"links"`
 	// FileSystems are those of which something is in the image.
@@ -259,7 +260,7 @@ func containerSummary(h *Head) ContainerSummary {
 	c := &h.Container
 	s := ContainerSummary{
 		ID: c.ID, Runtime: c.Runtime, Bundle: c.Bundle, Hostname: c.Hostname,
-		Paused: c.Paused, Cgroups: c.Cgroups, Mounts: len(c.Mounts), Links: []string{},
+		Paused: c.Paused, Cgroups: c.Cgroups, Subs: len(c.Subs), Mounts: len(c.Mounts), Links: []string{},
 	}
 	for _, l := range c.Links {
 		s.Links = append(s.Links, strings.TrimSpace(l.Name+" "+strings.Join(l.Addresses, " ")))
@@ -474,11 +475,6 @@ func target(h *Head, f *File) string {
 		return fmt.Sprintf("clock %d, %v left, every %v", f.Timerfd.Clock, time.Duration(f.Timerfd.Left), time.Duration(f.Timerfd.Interval))
 	case KindSignalfd:
 		return fmt.Sprintf("signals %#x", f.Signalfd.Mask)
-	case KindPidfd:
-		if f.Gone != nil {
-			return "a task that is gone"
-		}
-		return fmt.Sprintf("task %d", f.Pid)
 	case KindInotify:
 		return inotifyTarget(f.Inotify)
 	case KindSocket:
@@ -538,10 +534,7 @@ func socketTarget(s *Socket) string {
 	}
 	words = append(words, socketAddress(s.Family, s.Address, s.Path))
 	if t := s.TCP; t != nil {
-		if t.Peer != nil {
-			words = append(words, "to", socketAddress(s.Family, t.Peer, ""))
-		}
-		words = append(words, fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
+		words = append(words, "to", socketAddress(s.Family, t.Peer, ""), fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
 	}
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), " ")
 }

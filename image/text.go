@@ -127,6 +127,9 @@ func (s *Summary) textContainer(w io.Writer) {
 		for _, controller := range slices.Sorted(maps.Keys(c.Cgroups)) {
 			field(t, "cgroup", strings.TrimSpace(printable(controller)+" "+printable(c.Cgroups[controller])))
 		}
+		if c.Subs > 0 {
+			field(t, "cgroups below", fmt.Sprint(c.Subs))
+		}
 		field(t, "mounts", fmt.Sprint(c.Mounts))
 		for _, link := range c.Links {
 			field(t, "network", printable(link))

@@ -35,6 +35,7 @@ type census struct {
 	found   found
 	memory  []*tmpfs.Tree
 	ipc     *sysv.Set
+	cgroups []image.SubCgroup // that the container has made
 	open    []*os.File
 	lends   map[*mm.Space]bool
 }
@@ -53,7 +54,8 @@ type process struct {
 	stat    *task.Stat
 	threads []*tracee.Thread
 	live    *tracee.Live
-	guest   bool // brought in from outside, not a descendant of the init
+	cgroups []map[string]string // that its threads are in, below the container's, by hierarchy
+	guest   bool                // brought in from outside, not a descendant of the init
 
 	space  *mm.Space
 	tables []*file.Table    // by thread, nil for one with its process's
@@ -125,6 +127,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.scanIPC(c); err != nil {
 		return err
 	}
+	if err := n.scanCgroups(c); err != nil {
+		return err
+	}
 	n.files = file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
 		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], External: c.external, Sockets: c.sockets,
@@ -136,7 +141,6 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.scanQueues(c); err != nil {
 		return err
 	}
-	n.files.Task = func(host int) (int32, bool, error) { return n.inner(c, host) }
 	for _, pid := range pids {
 		p, err := c.visit(pid)
 		if err == nil && p != nil {
@@ -171,24 +175,6 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	return n.openUnattached(c)
-}
-
-// inner is what the container calls a task of the host, 0 for one that is not of
-// it, and whether it is the first of its process. One that has ended and waits to
-// be reaped is of the container if its parent is.
-func (n *census) inner(c *container, host int) (int32, bool, error) {
-	s, err := task.ReadStatus(host)
-	if err != nil {
-		return 0, false, err
-	}
-	of := s.Tgid
-	if s.State == 'Z' {
-		of = s.PPid
-	}
-	if !slices.ContainsFunc(n.procs, func(p *process) bool { return p.tgid == s.Tgid || p.tgid == of }) {
-		return 0, false, nil
-	}
-	return int32(c.level(s.NSpid)), s.Tgid == host, nil
 }
 
 // findTerminals tells the terminals whose they are.
@@ -310,38 +296,7 @@ func (n *census) admit(c *container, p *process) (err error) {
 	if err := n.nested.CheckThreads(p.pid, p.tids); err != nil {
 		return err
 	}
-	return c.inMainCgroup(p.pid)
-}
-
-// inMainCgroup refuses processes that the container has put into cgroups of
-// its own making.
-func (c *container) inMainCgroup(pid int) error {
-	mine, err := cgroupsOf(pid)
-	if err != nil {
-		return err
-	}
-	for controller, path := range mine {
-		if c.record.Cgroups[controller] != path {
-			return fail.Refuse("cgroup "+controller+":"+path, "it is not the container's own cgroup; sub-cgroups are not supported yet", "move it to the container's cgroup")
-		}
-	}
-	return nil
-}
-
-// cgroupsOf reads a process's cgroup by controller, "" for the unified one.
-func cgroupsOf(pid int) (map[string]string, error) {
-	b, err := tracee.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return nil, goneIs(pid, err)
-	}
-	out := map[string]string{}
-	for line := range strings.Lines(string(b)) {
-		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
-		if len(f) == 3 {
-			out[f[1]] = f[2]
-		}
-	}
-	return out, nil
+	return n.place(c, p)
 }
 
 func goneIs(pid int, err error) error {

@@ -92,15 +92,13 @@ type checkpoint struct {
 	learned *learned
 	confine landlock
 
-	sealed bool // the guardian's way is forward only
-	// arrivals keeps new connections off, nil where nothing does.
-	arrivals *sock.Hold
-	halt     *halt.Halt
-	waiting  map[int]bpf.VforkParent // threads that wait in vfork, by host tid
-	census   *census
-	tree     image.Tree
-	w        *image.Writer
-	wrote    bool
+	sealed  bool // the guardian's way is forward only
+	halt    *halt.Halt
+	waiting map[int]bpf.VforkParent // threads that wait in vfork, by host tid
+	census  *census
+	tree    image.Tree
+	w       *image.Writer
+	wrote   bool
 }
 
 // headRecords are the records that are the same for every container.
@@ -369,6 +367,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		return err
 	}
 	k.census = n
+	k.c.record.Subs = n.cgroups
 	teller, err := n.nested.ClockTeller()
 	if err == nil {
 		err = k.c.readClocks(teller)
@@ -376,7 +375,6 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	n.files.SettleTimers(k.c.now, k.head.header.Time)
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
 		func() error { return k.readTerminals(n) },
@@ -746,7 +744,7 @@ func reaped(tid int) bool {
 
 // settleAfter does what takes time, when nobody waits any more.
 func (k *checkpoint) settleAfter(context.Context) error {
-	errs := k.admitArrivals()
+	var errs error
 	for _, w := range k.c.record.Warnings {
 		k.Log.Warn(w)
 	}
@@ -758,7 +756,7 @@ func (k *checkpoint) settleAfter(context.Context) error {
 			for _, q := range k.quota {
 				_ = k.guard.Strike(q.entry) // its cgroup goes with the container
 			}
-			errs = errors.Join(errs, k.guard.Strike(k.thaw))
+			errs = k.guard.Strike(k.thaw)
 		}
 		errs = errors.Join(errs, k.c.lib.Destroy())
 	}

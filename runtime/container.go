@@ -19,6 +19,7 @@ import (
 	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
+	"github.com/ocickpt/ocickpt/runtime/cgroup"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
@@ -33,6 +34,7 @@ type container struct {
 	cgroup *cgroupfreeze.Cgroup
 	// cgroupPaths are the cgroups' directories by controller.
 	cgroupPaths map[string]string
+	hierarchies []cgroup.Hierarchy
 	spec        *specs.Spec
 	record      image.Container
 	root        *os.File // of its file system
@@ -186,7 +188,7 @@ func (c *container) readCgroups(state *libcontainer.State, _ *configs.Config) (e
 	if c.cgroup, err = cgroupfreeze.Open(state.CgroupPaths); err != nil {
 		return err
 	}
-	if c.record.Cgroups, err = cgroupsOf(c.initPid); err != nil {
+	if err = c.findCgroups(); err != nil {
 		return err
 	}
 	cpus := filepath.Join(state.CgroupPaths["cpuset"], "cpuset.effective_cpus")

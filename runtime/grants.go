@@ -26,6 +26,7 @@ type grants struct {
 	groups       []uint32
 	anyID        bool // set-uid programs could have given others
 	noNewPrivs   bool
+	cgroups      bool           // tasks may make cgroups
 	filtered     bool           // has seccomp filters
 	rlimits      map[int]uint64 // hard limits that the bundle sets
 	oomScoreAdj  int32
@@ -35,6 +36,9 @@ type grants struct {
 // checkImage refuses an image that claims more than the bundle gives.
 func (g *grants) checkImage(head *image.Head) error {
 	if err := g.checkNested(head); err != nil {
+		return err
+	}
+	if err := g.checkCgroups(head); err != nil {
 		return err
 	}
 	for _, o := range head.Objects {
@@ -209,6 +213,7 @@ func (g *grants) identity() file.Identity {
 func grantsOf(spec *specs.Spec) (*grants, error) {
 	p := spec.Process
 	g := &grants{uid: p.User.UID, gid: p.User.GID, groups: append([]uint32{p.User.GID}, p.User.AdditionalGids...), anyID: !p.NoNewPrivileges, noNewPrivs: p.NoNewPrivileges}
+	g.cgroups = mayMakeCgroups(spec)
 	g.filtered = spec.Linux != nil && spec.Linux.Seccomp != nil
 	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
 		return nil, fail.Refuse("bundle", "AppArmor profiles and SELinux labels are not supported yet", "")

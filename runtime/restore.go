@@ -18,6 +18,7 @@ import (
 	"github.com/ocickpt/ocickpt/cgroupfreeze"
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
+	"github.com/ocickpt/ocickpt/runtime/cgroup"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/fault"
 	"github.com/ocickpt/ocickpt/runtime/file"
@@ -87,6 +88,7 @@ type restore struct {
 	threads map[int][]*tracee.Stub
 	filler  *mm.Filler
 	users   users
+	cgroups *cgroup.Maker
 	vforked map[int32]*image.Task // children that come to be by vfork, with their parents
 	full    uint64                // the stubs' capabilities
 	hole    uint64                // free in all address spaces, for the service area
@@ -224,6 +226,9 @@ func (r *restore) create(context.Context) (err error) {
 	if r.cgroup, err = cgroupfreeze.Open(r.made.state.CgroupPaths); err != nil {
 		return err
 	}
+	if err := r.makeCgroups(); err != nil {
+		return err
+	}
 	r.stubs[r.made.initPid] = r.made.stub
 	r.users, r.lending, r.vforked = countUsers(r.head.Tasks), newLending(r.head), vforked(r.head.Tasks)
 	mono, boot, err := nsutil.TimeOffsets(r.made.stub.Pid)
@@ -252,7 +257,6 @@ func (r *restore) openFiles(context.Context) error {
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
 	r.maker.Warn, r.maker.Given = r.Log.Warn, r.Given
-	r.maker.Clocks = func() *task.Clocks { return r.clocksBy(r.made.offsets) }
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
 		r.maker.Validation = file.ValidateStrict
 	}
@@ -339,13 +343,13 @@ func (r *restore) grow(ctx context.Context) error {
 		}
 		steps = steps[n:]
 	}
+	if err := r.placeTasks(); err != nil {
+		return err
+	}
 	if err := r.nested.Mounts(r.stubs); err != nil {
 		return err
 	}
 	if err := r.maker.OpenInside(r.stubs); err != nil {
-		return err
-	}
-	if err := r.maker.Obtain(r.hostPid); err != nil {
 		return err
 	}
 	for _, pid := range brought {
@@ -356,14 +360,6 @@ func (r *restore) grow(ctx context.Context) error {
 		return h.Exit(0)
 	}
 	return r.maker.SettleTerminals(r.stubs)
-}
-
-// hostPid is the pid here of a task that is there, else 0.
-func (r *restore) hostPid(pid int32) int {
-	if s := r.stubs[int(pid)]; s != nil {
-		return s.Pid
-	}
-	return 0
 }
 
 func (r *restore) hierarchy() ([]forest.Process, []int) {
@@ -480,7 +476,7 @@ func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub
 
 // rebuild gives every task its address space, still empty, and its descriptors.
 func (r *restore) rebuild(ctx context.Context) error {
-	err := r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
+	return r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
 		if err := r.rebuildSpace(t.MM); err != nil {
 			return err
 		}
@@ -491,10 +487,6 @@ func (r *restore) rebuild(ctx context.Context) error {
 		}
 		return r.logIn(t, s)
 	})
-	if err != nil {
-		return err
-	}
-	return r.maker.RegisterLate()
 }
 
 // logIn gives a stub the login uid of its task, where it may have another than
@@ -636,7 +628,15 @@ func (r *restore) finishTask(t *image.Task, s *tracee.Stub) error {
 		}
 	}
 	task.RestoreProcess(&b, t, actions)
+	if r.vforked[t.Pid] != nil {
+		if err := r.enterCgroups(int(t.Pid), s.Pid); err != nil {
+			return err
+		}
+	}
 	threads, err := r.cloneThreads(t, s, &b)
+	if err == nil {
+		err = r.placeThreads(t, threads)
+	}
 	if err == nil {
 		err = mm.CheckLocked(s.Pid, space)
 	}
@@ -776,10 +776,7 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 // clocks reads how far the container's clocks have gone since the checkpoint. If
 // they do not go on from there, there being no time namespace, nothing counts as
 // passed.
-func (r *restore) clocks(pid int32) *task.Clocks { return r.clocksBy(r.nested.ClocksOf(pid)) }
-
-// clocksBy does so for clocks at some offsets from the host's.
-func (r *restore) clocksBy(offsets map[int32]int64) *task.Clocks {
+func (r *restore) clocks(pid int32) *task.Clocks {
 	host := func(id int32) int64 {
 		var ts unix.Timespec
 		_ = unix.ClockGettime(id, &ts) // a timer has been made on it
@@ -789,6 +786,7 @@ func (r *restore) clocksBy(offsets map[int32]int64) *task.Clocks {
 	if passed < 0 || passed > int64(time.Since(r.begin)) {
 		passed = 0
 	}
+	offsets := r.nested.ClocksOf(pid)
 	return &task.Clocks{Now: func(id int32) int64 { return host(id) + offsets[id] }, Passed: passed}
 }
 
@@ -828,6 +826,9 @@ func (r *restore) endZombies() error {
 func (r *restore) settle(context.Context) error {
 	if err := r.made.lib.Set(r.made.config); err != nil {
 		return fmt.Errorf("resource limits: %w", err)
+	}
+	if err := r.cgroups.Finish(); err != nil {
+		return err
 	}
 	if r.PidFile != "" {
 		if _, err := r.guard.Promise(guardian.Remove(r.PidFile)); err != nil {

@@ -274,7 +274,9 @@ func (n *census) noteTables(p *process) {
 		}
 		th.SemUndo = n.undoList(p, p.tids[i])
 	}
+	p.notePlaces()
 	if p.dead != nil {
+		p.dead.Cgroups = t.Threads[0].Cgroups
 		p.dead.SemUndo = t.Threads[0].SemUndo // it has none of its own any more
 		t.Threads = append([]image.Thread{*p.dead}, t.Threads...)
 	}
