@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -37,6 +38,8 @@ var kinds = map[string]part{
 	KindTimerfd:   partTimerfd,
 	KindSignalfd:  partSignalfd,
 	KindInotify:   partInotify,
+	KindPidfd:     partNone,
+	KindNamespace: partNone,
 	KindSocket:    partSocket,
 	KindProc:      partNone,
 	KindStdio:     partNone,
@@ -72,7 +75,7 @@ func (b *builder) checkFile(f *File) error {
 	if o := f.Owner; o != nil && (o.Type < 0 || o.Type > 2 || o.ID < 0 || o.Signal < 0 || o.Signal > 64) {
 		return fmt.Errorf("owner %d of type %d with signal %d", o.ID, o.Type, o.Signal)
 	}
-	if err := b.checkRemoved(f); err != nil {
+	if err := first(b.checkRemoved(f), f.checkAbout()); err != nil {
 		return err
 	}
 	switch want {
@@ -94,6 +97,31 @@ func (b *builder) checkFile(f *File) error {
 	return nil
 }
 
+// checkAbout checks what a descriptor is about: a task of the tree or one that is
+// gone, a namespace of a task.
+func (f *File) checkAbout() error {
+	g := f.Gone
+	switch {
+	case g != nil && (g.Number == 0 || g.Pid < 0 || f.Pid != 0):
+		return errors.New("a task that is gone without a number, or one that is there too")
+	case f.Kind == KindPidfd && (f.Pid < 0 || f.Pid == 0 && g == nil):
+		return errors.New("a pidfd without a task")
+	case f.Kind == KindProc && g != nil:
+		before, rest, _ := strings.Cut(strings.TrimPrefix(f.Path, "/proc/"), "/")
+		if g.Pid == 0 || before != strconv.Itoa(int(g.Pid)) || strings.Contains(rest, "/") || rest == ".." || !strings.HasPrefix(f.Path, "/proc/") {
+			return fmt.Errorf("%s is no file of task %d", quote(f.Path), g.Pid)
+		}
+	case f.Kind == KindNamespace:
+		link := f.NamespaceLink()
+		if f.Pid <= 0 || f.Path != fmt.Sprintf("/proc/%d/ns/%s", f.Pid, link) || !slices.Contains(namespaceTypes, strings.TrimSuffix(link, "_for_children")) {
+			return fmt.Errorf("%s is no namespace of task %d", quote(f.Path), f.Pid)
+		}
+	case g != nil && f.Kind != KindPidfd:
+		return fmt.Errorf("an open file of kind %s is about a task that is gone", quote(f.Kind))
+	}
+	return nil
+}
+
 // checkRemoved checks that a file that has lost its name is of the kind that
 // was opened.
 func (b *builder) checkRemoved(f *File) error {
@@ -106,7 +134,7 @@ func (b *builder) checkRemoved(f *File) error {
 	}
 	format := inode.Mode & formatMask
 	switch {
-	case f.Kind == KindRegular && format == formatFile, f.Kind == KindDirectory && format == formatDir, f.Kind == KindPath:
+	case f.Kind == KindRegular && format == formatFile, f.Kind == KindDirectory && format == formatDir, f.Kind == KindFifo && format == formatFifo, f.Kind == KindPath:
 		return nil
 	}
 	return fmt.Errorf("an open file of kind %s with a file of mode %#o", f.Kind, inode.Mode)
@@ -148,6 +176,10 @@ func (f *File) onlyPart(want part) error {
 // checkEpoll checks the targets of an interest list. They stand before it, so
 // epolls that watch epolls cannot form a loop; the kernel forbids one too.
 func (b *builder) checkEpoll(e *Epoll) error {
+	const params = 8 // sizeof(struct epoll_params)
+	if len(e.BusyPoll) != 0 && len(e.BusyPoll) != params {
+		return fmt.Errorf("parameters of %d bytes", len(e.BusyPoll))
+	}
 	for _, entry := range e.Entries {
 		if err := need[File](b, entry.File, "open file"); err != nil {
 			return fmt.Errorf("epoll entry for fd %d: %w", entry.FD, err)
@@ -225,6 +257,9 @@ func checkTCP(s *Socket) error {
 
 // Connection names the ends of a connection for messages.
 func (s *Socket) Connection() string {
+	if s.TCP.Peer == nil {
+		return "that has ended, of " + socketAddress(s.Family, s.Address, "")
+	}
 	return socketAddress(s.Family, s.Address, "") + " to " + socketAddress(s.Family, s.TCP.Peer, "")
 }
 
@@ -335,9 +370,22 @@ func checkPty(p *Pty) error {
 	return nil
 }
 
-func checkPipe(p *Pipe) error {
+func (b *builder) checkPipe(p *Pipe) error {
 	if p.Length > p.Capacity {
 		return fmt.Errorf("a pipe of %d bytes holds %d", p.Capacity, p.Length)
+	}
+	if inode := b.Removed(p.Removed); p.Removed != 0 && (inode == nil || inode.Mode&formatMask != formatFifo || p.Path == "") {
+		return fmt.Errorf("reference %d names no fifo", p.Removed)
+	}
+	sum := uint64(0)
+	for _, r := range p.Runs {
+		if r.Length == 0 || r.Packet && r.Length > PageSize {
+			return fmt.Errorf("a packet of %d bytes in a pipe", r.Length)
+		}
+		sum += uint64(r.Length)
+	}
+	if len(p.Runs) > 0 && sum != uint64(p.Length) {
+		return fmt.Errorf("a pipe with %d bytes has runs of %d", p.Length, sum)
 	}
 	return nil
 }

@@ -208,7 +208,7 @@ func (b *builder) check(v any) error {
 	case *Removed:
 		return checkRemovedFile(v)
 	case *Pipe:
-		return checkPipe(v)
+		return b.checkPipe(v)
 	case *Pty:
 		return checkPty(v)
 	case *Inode:

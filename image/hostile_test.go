@@ -276,9 +276,31 @@ func TestBadObjects(t *testing.T) {
 			if f.Epoll == nil {
 				return false
 			}
-			f.Epoll = &Epoll{[]EpollEntry{{FD: 3, File: refPipe}}}
+			f.Epoll = &Epoll{Entries: []EpollEntry{{FD: 3, File: refPipe}}}
 			return true
 		})},
+		{"a pidfd without a task", instead(File{Kind: KindPidfd})},
+		{"without a number", instead(File{Kind: KindPidfd, Gone: &Gone{}})},
+		{"one that is there too", instead(File{Kind: KindPidfd, Pid: 1, Gone: &Gone{Number: 1}})},
+		{"about a task that is gone", instead(File{Kind: KindDevice, Gone: &Gone{Number: 1}})},
+		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/8/status", Gone: &Gone{Number: 1, Pid: 7}})},
+		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/7/../sys", Gone: &Gone{Number: 1, Pid: 7}})},
+		{"is no file of task 7", instead(File{Kind: KindProc, Path: "/proc/7/..", Gone: &Gone{Number: 1, Pid: 7}})},
+		{"is no file of task 0", instead(File{Kind: KindProc, Path: "/proc/sys", Gone: &Gone{Number: 1}})},
+		{"is no namespace of task 7", instead(File{Kind: KindNamespace, Pid: 7, Path: "/proc/7/ns/../mem"})},
+		{"is no namespace of task 7", instead(File{Kind: KindNamespace, Pid: 7, Path: "/proc/7/ns/all"})},
+		{"is no namespace of task 0", instead(File{Kind: KindNamespace, Path: "/proc/0/ns/net"})},
+		{"parameters of 3 bytes", on(func(f *File) bool {
+			if f.Epoll == nil {
+				return false
+			}
+			f.Epoll = &Epoll{BusyPoll: make([]byte, 3)}
+			return true
+		})},
+		{"has runs of 4", on(func(p *Pipe) bool { p.Runs = []PipeRun{{Length: 4, Packet: true}}; return true })},
+		{"a packet of 4097 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{Length: 4097, Packet: true}}; return true })},
+		{"a packet of 0 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{}, {Length: 5}}; return true })},
+		{"names no fifo", on(func(p *Pipe) bool { p.Removed = refPipe; return true })},
 		{"watch 0 is not positive", watching(Watch{Mask: 2, Path: "/etc"})},
 		{"watch 1 is not positive or stands twice", watching(Watch{WD: 1, Mask: 2, Path: "/etc"}, Watch{WD: 1, Mask: 2, Path: "/srv"})},
 		{"has the mask 0x2000002", watching(Watch{WD: 1, Mask: 0x2000002, Path: "/etc"})},

@@ -1,5 +1,7 @@
 package image
 
+import "path"
+
 // The schema: every record that can stand in a stream, in one place, as
 // linux-cr kept it in one header. Payloads are CBOR maps with integer keys;
 // a key is never reused for another meaning, and a reader skips keys it does
@@ -525,6 +527,8 @@ const (
 	KindTimerfd   = "timerfd"
 	KindSignalfd  = "signalfd"
 	KindInotify   = "inotify"
+	KindPidfd     = "pidfd"
+	KindNamespace = "namespace"
 	KindSocket    = "socket"
 	KindProc      = "proc"
 	KindStdio     = "stdio"
@@ -561,9 +565,20 @@ type File struct {
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
+	Gone    *Gone    `cbor:"31,keyasint,omitempty"` // pidfd and proc: the task it is about, which is gone
 
 	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }
+
+// Gone is a task that is gone and of which descriptors are left.
+type Gone struct {
+	Number uint32 `cbor:"1,keyasint"`           // the same in all files about it
+	Pid    int32  `cbor:"2,keyasint,omitempty"` // proc: which it had
+	Status uint32 `cbor:"3,keyasint,omitempty"` // pidfd: how it ended, as wait(2) tells it
+}
+
+// NamespaceLink is the name below /proc/PID/ns of an open namespace.
+func (f *File) NamespaceLink() string { return path.Base(f.Path) }
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
 type Owner struct {
@@ -597,6 +612,16 @@ type Pipe struct {
 	Length   uint32 `cbor:"2,keyasint"`           // bytes in it
 	Path     string `cbor:"3,keyasint,omitempty"` // of a fifo
 	Packet   bool   `cbor:"4,keyasint,omitempty"`
+
+	Runs    []PipeRun `cbor:"5,keyasint,omitempty"` // what its bytes are, where some are packets
+	Removed Ref       `cbor:"6,keyasint,omitempty"` // of a fifo: the file, where Path does not name it any more
+}
+
+// PipeRun is a run of the bytes in a pipe: a packet, which is read alone (O_DIRECT of
+// pipe(2)), or a stream.
+type PipeRun struct {
+	Length uint32 `cbor:"1,keyasint"`
+	Packet bool   `cbor:"2,keyasint,omitempty"`
 }
 
 // Pty is a pseudo-terminal: a master, opened as ptmx, and its slave /dev/pts/Index.
@@ -661,7 +686,8 @@ type Xattr struct {
 
 // Epoll is an interest list.
 type Epoll struct {
-	Entries []EpollEntry `cbor:"1,keyasint"`
+	Entries  []EpollEntry `cbor:"1,keyasint"`
+	BusyPoll []byte       `cbor:"2,keyasint,omitempty"` // struct epoll_params, where anything is set in it
 }
 
 // EpollEntry is one registration: the number it was made under and the file

@@ -129,7 +129,7 @@ func sampleObjects() []sampleRecord {
 		{TypeFile, File{Kind: KindPipe, Pipe: refPipe}},
 		{TypeFile, File{Kind: KindPipe, Flags: 0o4001, Pipe: refPipe}},
 		{TypeFile, File{Kind: KindRegular, Path: "/usr/sbin/nginx", Size: 100, Mode: 0o100755, Mtime: 5}},
-		{TypeFile, File{Kind: KindEpoll, Flags: 2, Epoll: &Epoll{[]EpollEntry{{FD: 3, File: refReader, Events: 1, Data: 99}}}}},
+		{TypeFile, File{Kind: KindEpoll, Flags: 2, Epoll: &Epoll{Entries: []EpollEntry{{FD: 3, File: refReader, Events: 1, Data: 99}}}}},
 		{TypeFile, File{Kind: KindEventfd, Flags: 2, Eventfd: &Eventfd{Count: 3}}},
 		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afInet, Type: 1, Listening: true, Backlog: 128, Address: append(address, 10, 0, 0, 2)}}},
 		{TypeRemoved, Removed{Path: "/var/log/\xff\x1b]0;evil\x07", Mode: 0o100640, Size: 8192, Opener: 7}},

@@ -475,6 +475,11 @@ func target(h *Head, f *File) string {
 		return fmt.Sprintf("clock %d, %v left, every %v", f.Timerfd.Clock, time.Duration(f.Timerfd.Left), time.Duration(f.Timerfd.Interval))
 	case KindSignalfd:
 		return fmt.Sprintf("signals %#x", f.Signalfd.Mask)
+	case KindPidfd:
+		if f.Gone != nil {
+			return "a task that is gone"
+		}
+		return fmt.Sprintf("task %d", f.Pid)
 	case KindInotify:
 		return inotifyTarget(f.Inotify)
 	case KindSocket:
@@ -534,7 +539,10 @@ func socketTarget(s *Socket) string {
 	}
 	words = append(words, socketAddress(s.Family, s.Address, s.Path))
 	if t := s.TCP; t != nil {
-		words = append(words, "to", socketAddress(s.Family, t.Peer, ""), fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
+		if t.Peer != nil {
+			words = append(words, "to", socketAddress(s.Family, t.Peer, ""))
+		}
+		words = append(words, fmt.Sprintf("state %d, %d bytes to read, %d to send", t.State, t.Receive.Bytes, t.Send.Bytes))
 	}
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), " ")
 }

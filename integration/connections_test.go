@@ -385,6 +385,149 @@ func TestConnections(t *testing.T) {
 	}
 }
 
+// TestConnectionFaults kills ocickpt where connections are in repair mode or held.
+func TestConnectionFaults(t *testing.T) {
+	n := newNetwork(t, false)
+	c := newContainer(t, withReport("connections"), withArgs("/bin/connections"), withVaryingThreads(), n.join(false)).run()
+	c.progress(5)
+	peers := n.clients(t, 4)
+	for _, fault := range []string{"tcp.read#1:kill", "tcp.read#5:kill", "tcp.read#3:fail", "write the contents:kill", "tcp.silent:fail", "tcp.silent:kill"} {
+		c.step(t, fault, func(t *testing.T) {
+			t.Setenv(envFault, fault)
+			if r := c.ocickpt("checkpoint", "--tcp-established", "--image", filepath.Join(c.dir, "faulty"), c.id); r.code == 0 {
+				t.Error("the checkpoint worked")
+			}
+			t.Setenv(envFault, "")
+			c.progress(5)
+			peers.good(t)
+			if !waitFor(func() bool { return n.tables() == "" }) {
+				t.Errorf("packets are still held: %s", n.tables())
+			}
+		})
+	}
+	// Behind this point the container has gone, and the image is whole.
+	t.Setenv(envFault, "tcp.sealed:kill")
+	c.ocickpt("checkpoint", "--tcp-established", "--image-path", c.newImage(), c.id)
+	t.Setenv(envFault, "")
+	<-c.gone
+	c.runc("delete", "--force", c.id)
+	for _, fault := range []string{"finish tasks:kill", "restore.detach:fail"} {
+		t.Setenv(envFault, fault)
+		if r := c.tryRestore(); r.code == 0 {
+			t.Errorf("%s: the restore worked", fault)
+		}
+		t.Setenv(envFault, "")
+		if !waitFor(func() bool { return len(survivors(c)) == 0 }) {
+			t.Fatalf("%s: processes survive: %v", fault, survivors(c))
+		}
+		n.noReset(t)
+	}
+	t.Setenv(envFault, "restore.sealed:kill")
+	c.tryRestore()
+	t.Setenv(envFault, "")
+	c.adopt()
+	c.progress(5)
+	peers.good(t)
+	if n.tables() != "" {
+		t.Errorf("packets are still held: %s", n.tables())
+	}
+}
+
+// TestConnectionChoices asks for the other ways to treat connections.
+func TestConnectionChoices(t *testing.T) {
+	n := newNetwork(t, false)
+	c := newContainer(t, withReport("connections"), withArgs("/bin/connections", "alone"), withVaryingThreads(), n.join(false)).run()
+	c.progress(5)
+	p := n.dial(t, insideV4, "E")
+	p.echoes(t, "before\n")
+	c.step(t, "not asked for", func(t *testing.T) {
+		c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "survey", "connections)", insideV4, outsideV4, "--tcp-established")
+		p.echoes(t, "refused\n")
+	})
+	var late *peer
+	dial := func() { late = n.dial(t, insideV4, "E") }
+	c.step(t, "in flight", func(t *testing.T) {
+		c.runc("pause", c.id)
+		dial()
+		c.ocickpt("checkpoint", "--tcp-established", "--image-path", c.newImage(), c.id).mustRefuse(t, "1 connections to [::]:7000", "--tcp-skip-in-flight")
+	})
+	c.step(t, "skipped", func(t *testing.T) {
+		r := c.checkpoint("--tcp-established", "--tcp-skip-in-flight")
+		if !strings.Contains(r.stderr, "they are reset") {
+			t.Errorf("no warning: %s", r.stderr)
+		}
+		c.mustBeGone()
+		late.SetDeadline(time.Now().Add(patience))
+		if _, err := late.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("the connection in flight: %v", err)
+		}
+	})
+	c.step(t, "address", func(t *testing.T) {
+		// To the peer nothing may change: it has somebody who translates.
+		nft := exec.Command("ip", "netns", "exec", n.outside, "nft", "-f", "-")
+		nft.Stdin = strings.NewReader(strings.NewReplacer("OLD", insideV4, "NEW", insideOther).Replace(`table ip moved {
+			chain out { type route hook output priority -300; ip daddr OLD ip daddr set NEW; }
+			chain in { type filter hook prerouting priority -300; ip saddr NEW ip saddr set OLD; }
+		}`))
+		c.must(runCmd(nft))
+		n.ip("-n", n.inside, "addr", "del", insideV4+"/24", "dev", "eth0")
+		n.ip("-n", n.inside, "addr", "add", insideOther+"/24", "dev", "eth0")
+		c.tryRestoreFile(filepath.Join(c.image(), "checkpoint.img"), c.bundle).mustRefuse(t, insideV4, outsideV4)
+		c.restore("--address-map", insideV4+"="+insideOther)
+		p.echoes(t, "moved\n")
+		c.progress(5)
+	})
+	c.step(t, "closed", func(t *testing.T) {
+		c.checkpoint("--tcp-established")
+		c.mustBeGone()
+		c.restore("--tcp-close")
+		c.progress(5)
+		if !waitFor(func() bool { return established(c.state().Pid) == 0 }) {
+			t.Errorf("%d connections are left", established(c.state().Pid))
+		}
+	})
+}
+
+// TestRedisTransaction leaves a client in the middle of a transaction.
+func TestRedisTransaction(t *testing.T) {
+	n := newNetwork(t, true)
+	c := newContainer(t, withHostPrograms(), withVaryingThreads(), n.join(true),
+		withArgs("/usr/bin/redis-server", "--port", "7000", "--protected-mode", "no", "--save", "", "--daemonize", "no")).run()
+	var p *peer
+	answers := func(command, want string) {
+		t.Helper()
+		p.SetDeadline(time.Now().Add(patience))
+		if _, err := io.WriteString(p, command+"\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(p, got); err != nil || string(got) != want {
+			t.Fatalf("%s: %q, %v", command, got, err)
+		}
+	}
+	if !waitFor(func() bool {
+		return nsutil.Inside(netnsPath(n.outside), func() error {
+			conn, err := net.Dial("tcp", insideV4+":7000")
+			if err == nil {
+				conn.Close()
+			}
+			return err
+		}) == nil
+	}) {
+		t.Fatal("redis does not listen")
+	}
+	p = n.dial(t, insideV4, "")
+	answers("SET a 1", "+OK\r\n")
+	answers("MULTI", "+OK\r\n")
+	answers("INCR a", "+QUEUED\r\n")
+	c.checkpoint("--tcp-established")
+	c.mustBeGone()
+	c.restore()
+	answers("INCR a", "+QUEUED\r\n")
+	answers("EXEC", "*2\r\n:2\r\n:3\r\n")
+	n.noReset(t)
+}
+
 // tables lists the nftables of the container's namespace.
 func (n *network) tables() string {
 	out, _ := exec.Command("ip", "netns", "exec", n.inside, "nft", "list", "tables").CombinedOutput()

@@ -141,6 +141,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.scanQueues(c); err != nil {
 		return err
 	}
+	n.files.Task = func(host int) (int32, bool, error) { return n.inner(c, host) }
 	for _, pid := range pids {
 		p, err := c.visit(pid)
 		if err == nil && p != nil {
@@ -175,6 +176,24 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	return n.openUnattached(c)
+}
+
+// inner is what the container calls a task of the host, 0 for one that is not of
+// it, and whether it is the first of its process. One that has ended and waits to
+// be reaped is of the container if its parent is.
+func (n *census) inner(c *container, host int) (int32, bool, error) {
+	s, err := task.ReadStatus(host)
+	if err != nil {
+		return 0, false, err
+	}
+	of := s.Tgid
+	if s.State == 'Z' {
+		of = s.PPid
+	}
+	if !slices.ContainsFunc(n.procs, func(p *process) bool { return p.tgid == s.Tgid || p.tgid == of }) {
+		return 0, false, nil
+	}
+	return int32(c.level(s.NSpid)), s.Tgid == host, nil
 }
 
 // findTerminals tells the terminals whose they are.

@@ -92,13 +92,15 @@ type checkpoint struct {
 	learned *learned
 	confine landlock
 
-	sealed  bool // the guardian's way is forward only
-	halt    *halt.Halt
-	waiting map[int]bpf.VforkParent // threads that wait in vfork, by host tid
-	census  *census
-	tree    image.Tree
-	w       *image.Writer
-	wrote   bool
+	sealed bool // the guardian's way is forward only
+	// arrivals keeps new connections off, nil where nothing does.
+	arrivals *sock.Hold
+	halt     *halt.Halt
+	waiting  map[int]bpf.VforkParent // threads that wait in vfork, by host tid
+	census   *census
+	tree     image.Tree
+	w        *image.Writer
+	wrote    bool
 }
 
 // headRecords are the records that are the same for every container.
@@ -375,6 +377,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.files.SettleTimers(k.c.now, k.head.header.Time)
 	for _, step := range []func() error{
 		func() error { return n.findZombies(k.c) },
 		func() error { return k.readTerminals(n) },
@@ -744,7 +747,7 @@ func reaped(tid int) bool {
 
 // settleAfter does what takes time, when nobody waits any more.
 func (k *checkpoint) settleAfter(context.Context) error {
-	var errs error
+	errs := k.admitArrivals()
 	for _, w := range k.c.record.Warnings {
 		k.Log.Warn(w)
 	}
@@ -756,7 +759,7 @@ func (k *checkpoint) settleAfter(context.Context) error {
 			for _, q := range k.quota {
 				_ = k.guard.Strike(q.entry) // its cgroup goes with the container
 			}
-			errs = k.guard.Strike(k.thaw)
+			errs = errors.Join(errs, k.guard.Strike(k.thaw))
 		}
 		errs = errors.Join(errs, k.c.lib.Destroy())
 	}

@@ -33,28 +33,70 @@ import (
 // readConnections completes the records of connections. The tasks are frozen as long
 // as one may be in repair mode, in which a read from it would fail.
 func (k *checkpoint) readConnections(ctx context.Context) error {
+	k.warnOfOrphans()
 	all := k.census.files.Connections()
-	if len(all) == 0 {
-		return nil
-	}
 	if err := k.holdPackets(all); err != nil {
 		return err
+	}
+	if len(all) == 0 {
+		return nil
 	}
 	return k.frozen(ctx, all, func() error { return sock.ReadConnections(all) })
 }
 
-// holdPackets keeps the packets of the connections off.
+// warnOfOrphans tells of connections that end with the container's network namespace.
+func (k *checkpoint) warnOfOrphans() {
+	in := k.census.files.Inside()
+	if in == nil || k.LeaveRunning || k.c.netns() != nsutil.Path(k.c.initPid, "net") {
+		return
+	}
+	for _, what := range in.Orphans() {
+		k.c.warn("connections of TCP are left out: %s", what)
+	}
+}
+
+// holdPackets keeps the packets of the connections off, and new ones.
 func (k *checkpoint) holdPackets(all []*sock.Connection) error {
-	pairs := pairsOf(records(all))
-	if k.LeaveRunning || len(pairs) == 0 {
+	if k.LeaveRunning || !k.TCPEstablished {
 		return nil
 	}
-	hold := &sock.Hold{Table: sock.HoldName(k.head.header.ID), NetNS: k.c.netns()}
-	if _, err := k.guard.Promise(guardian.Lift(hold.NetNS, hold.Table)); err != nil {
+	if pairs := pairsOf(records(all)); len(pairs) > 0 {
+		hold := &sock.Hold{Table: sock.HoldName(k.head.header.ID), NetNS: k.c.netns()}
+		if _, err := k.guard.Promise(guardian.Lift(hold.NetNS, hold.Table)); err != nil {
+			return err
+		}
+		k.c.record.Hold = hold.Table
+		if err := hold.Put(pairs); err != nil {
+			return err
+		}
+	}
+	return k.holdArrivals()
+}
+
+// holdArrivals keeps peers from making connections that would be reset at once, as
+// long as the container is stopped. They try again.
+func (k *checkpoint) holdArrivals() error {
+	listeners := k.census.files.Listeners()
+	if len(listeners) == 0 {
+		return nil
+	}
+	var sockets []*image.Socket
+	for _, l := range listeners {
+		sockets = append(sockets, l.Record)
+	}
+	k.arrivals = &sock.Hold{Table: sock.HoldName(k.head.header.ID) + "-new", NetNS: k.c.netns()}
+	if _, err := k.guard.Promise(guardian.Lift(k.arrivals.NetNS, k.arrivals.Table)); err != nil {
 		return err
 	}
-	k.c.record.Hold = hold.Table
-	return hold.Put(pairs)
+	if err := k.arrivals.PutArrivals(sockets); err != nil {
+		return err
+	}
+	for i := range listeners {
+		if err := k.census.files.Inside().CheckInFlight(&listeners[i]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func records(all []*sock.Connection) (out []*image.Socket) {
@@ -163,6 +205,9 @@ func (k *checkpoint) silenceAll(all []*sock.Connection) error {
 		return err
 	}
 	_, err := k.guard.Prepare(guardian.RemoveCgroups(slices.Collect(maps.Values(k.c.cgroupPaths))))
+	if err == nil && k.arrivals != nil {
+		_, err = k.guard.Prepare(guardian.Lift(k.arrivals.NetNS, k.arrivals.Table))
+	}
 	if err == nil {
 		err = k.guard.Seal()
 	}
@@ -171,6 +216,14 @@ func (k *checkpoint) silenceAll(all []*sock.Connection) error {
 	}
 	k.sealed = true
 	return fault.Point("tcp.sealed")
+}
+
+// admitArrivals lets others have the container's ports when it has gone.
+func (k *checkpoint) admitArrivals() error {
+	if k.arrivals == nil || k.c.netns() == nsutil.Path(k.c.initPid, "net") {
+		return nil // gone with it
+	}
+	return k.arrivals.Lift()
 }
 
 // changeConnections makes of the image's connections what the caller wants.
@@ -283,7 +336,10 @@ func (r *restore) revive() error {
 }
 
 func (r *restore) prepareRevival() error {
-	undos := []guardian.Undo{guardian.Release(r.made.state.CgroupPaths, r.LeaveFrozen)}
+	var undos []guardian.Undo
+	if !r.LeaveFrozen {
+		undos = append(undos, guardian.Write(r.cgroup.ThawWrite()))
+	}
 	for _, h := range r.holds {
 		undos = append(undos, guardian.Lift(h.NetNS, h.Table))
 	}

@@ -257,6 +257,7 @@ func (r *restore) openFiles(context.Context) error {
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
 	r.maker.Warn, r.maker.Given = r.Log.Warn, r.Given
+	r.maker.Clocks = func() *task.Clocks { return r.clocksBy(r.made.offsets) }
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
 		r.maker.Validation = file.ValidateStrict
 	}
@@ -352,6 +353,9 @@ func (r *restore) grow(ctx context.Context) error {
 	if err := r.maker.OpenInside(r.stubs); err != nil {
 		return err
 	}
+	if err := r.maker.Obtain(r.hostPid); err != nil {
+		return err
+	}
 	for _, pid := range brought {
 		r.made.guests = append(r.made.guests, r.stubs[pid].Pid)
 	}
@@ -360,6 +364,14 @@ func (r *restore) grow(ctx context.Context) error {
 		return h.Exit(0)
 	}
 	return r.maker.SettleTerminals(r.stubs)
+}
+
+// hostPid is the pid here of a task that is there, else 0.
+func (r *restore) hostPid(pid int32) int {
+	if s := r.stubs[int(pid)]; s != nil {
+		return s.Pid
+	}
+	return 0
 }
 
 func (r *restore) hierarchy() ([]forest.Process, []int) {
@@ -476,7 +488,7 @@ func (r *restore) each(ctx context.Context, f func(t *image.Task, s *tracee.Stub
 
 // rebuild gives every task its address space, still empty, and its descriptors.
 func (r *restore) rebuild(ctx context.Context) error {
-	return r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
+	err := r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
 		if err := r.rebuildSpace(t.MM); err != nil {
 			return err
 		}
@@ -487,6 +499,10 @@ func (r *restore) rebuild(ctx context.Context) error {
 		}
 		return r.logIn(t, s)
 	})
+	if err != nil {
+		return err
+	}
+	return r.maker.RegisterLate()
 }
 
 // logIn gives a stub the login uid of its task, where it may have another than
@@ -776,7 +792,10 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 // clocks reads how far the container's clocks have gone since the checkpoint. If
 // they do not go on from there, there being no time namespace, nothing counts as
 // passed.
-func (r *restore) clocks(pid int32) *task.Clocks {
+func (r *restore) clocks(pid int32) *task.Clocks { return r.clocksBy(r.nested.ClocksOf(pid)) }
+
+// clocksBy does so for clocks at some offsets from the host's.
+func (r *restore) clocksBy(offsets map[int32]int64) *task.Clocks {
 	host := func(id int32) int64 {
 		var ts unix.Timespec
 		_ = unix.ClockGettime(id, &ts) // a timer has been made on it
@@ -786,7 +805,6 @@ func (r *restore) clocks(pid int32) *task.Clocks {
 	if passed < 0 || passed > int64(time.Since(r.begin)) {
 		passed = 0
 	}
-	offsets := r.nested.ClocksOf(pid)
 	return &task.Clocks{Now: func(id int32) int64 { return host(id) + offsets[id] }, Passed: passed}
 }
 

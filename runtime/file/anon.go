@@ -62,51 +62,107 @@ const (
 	nanosecondsInOne = 1e9
 )
 
-// timerfd is a timer that is read (timerfd_create(2)). The time left is what
-// counts: clocks that go on inside the container do so by themselves, and an
-// absolute time of the wall clock is made absolute again.
+// timerfd is a timer that is read (timerfd_create(2)). By the container's clocks,
+// which go on where they were, it goes off when it would have; an absolute time of
+// the wall clock stays that time.
 var timerfd = kind{
 	name: image.KindTimerfd,
 	is:   func(_ *Set, one *seen) bool { return one.link == "anon_inode:[timerfd]" },
 	read: func(_ *Set, d *Description) error {
+		if err := d.forward(); err != nil {
+			return err
+		}
+		again, err := look(d.seen.proc, d.seen.fd)
+		if err != nil {
+			return err
+		}
+		d.timed = [2]int64{clockNow(unix.CLOCK_MONOTONIC), clockNow(unix.CLOCK_REALTIME)}
 		d.Record.Kind = image.KindTimerfd
 		d.Record.Timerfd = &image.Timerfd{
-			Clock: int32(d.seen.number("clockid", 10)), Ticks: d.seen.number("ticks", 10),
-			Flags: uint32(d.seen.number("settime flags", 8)),
-			Left:  d.seen.pair("it_value"), Interval: d.seen.pair("it_interval"),
+			Clock: int32(again.number("clockid", 10)), Ticks: again.number("ticks", 10),
+			Flags: uint32(again.number("settime flags", 8)),
+			Left:  again.pair("it_value"), Interval: again.pair("it_interval"),
 		}
-		return d.forward()
+		return nil
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		return b.Add(unix.SYS_TIMERFD_CREATE, tracee.W(f.Timerfd.Clock), tracee.W(0)), nil
 	},
 	finish: func(m *Maker, b *tracee.Batch, fd int, f *image.File) {
-		t := f.Timerfd
-		if t.Left != 0 {
-			value, flags := t.Left, uint32(0)
-			if wall := t.Clock == unix.CLOCK_REALTIME || t.Clock == unix.CLOCK_REALTIME_ALARM; wall && t.Flags&tfdTimerAbstime != 0 {
-				value, flags = m.Realtime+t.Left, t.Flags&(tfdTimerAbstime|tfdCancelOnSet)
-			}
+		value, flags, ticks := m.rearm(f.Timerfd)
+		if value != 0 {
 			var spec []byte
-			for _, v := range []int64{t.Interval, value} {
+			for _, v := range []int64{f.Timerfd.Interval, value} {
 				spec = binary.LittleEndian.AppendUint64(spec, uint64(v/nanosecondsInOne))
 				spec = binary.LittleEndian.AppendUint64(spec, uint64(v%nanosecondsInOne))
 			}
 			b.Add(unix.SYS_TIMERFD_SETTIME, tracee.W(fd), tracee.W(flags), b.Put(spec), tracee.W(0))
 		}
-		if t.Ticks != 0 {
-			b.Add(unix.SYS_IOCTL, tracee.W(fd), tracee.W(tfdIocSetTicks), b.Put(binary.LittleEndian.AppendUint64(nil, t.Ticks)))
+		if ticks != 0 {
+			b.Add(unix.SYS_IOCTL, tracee.W(fd), tracee.W(tfdIocSetTicks), b.Put(binary.LittleEndian.AppendUint64(nil, ticks)))
 		}
 		setFlags(b, fd, f.Flags)
 	},
+}
+
+func clockNow(id int32) int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(id, &ts) // these clocks are always there
+	return ts.Nano()
+}
+
+// byWallClock reports a timer that is set to a time of the wall clock.
+func byWallClock(t *image.Timerfd) bool {
+	return (t.Clock == unix.CLOCK_REALTIME || t.Clock == unix.CLOCK_REALTIME_ALARM) && t.Flags&tfdTimerAbstime != 0
+}
+
+// SettleTimers relates what was left of timers to the moment of the image, which
+// the clocks outside tell.
+func (s *Set) SettleTimers(monotonic, realtime int64) {
+	for _, d := range s.descs {
+		t := d.Record.Timerfd
+		if t == nil || t.Left == 0 {
+			continue
+		}
+		passed := d.timed[0] - monotonic
+		if byWallClock(t) {
+			passed = d.timed[1] - realtime
+		}
+		t.Left = max(t.Left+passed, 1)
+	}
+}
+
+// rearm tells how to set a timer again: the value and the flags of
+// timerfd_settime(2), and the expirations to be read.
+func (m *Maker) rearm(t *image.Timerfd) (value int64, flags uint32, ticks uint64) {
+	if t.Left == 0 {
+		return 0, 0, t.Ticks
+	}
+	if byWallClock(t) {
+		return m.Realtime + t.Left, t.Flags & (tfdTimerAbstime | tfdCancelOnSet), t.Ticks
+	}
+	c := m.Clocks()
+	left, ticks := t.Left-c.Passed, t.Ticks
+	if left <= 0 && t.Interval > 0 { // it has gone off since, and not only once perhaps
+		ticks += uint64(1 + -left/t.Interval)
+		left = t.Interval - -left%t.Interval
+	}
+	left = max(left, 1)
+	if t.Flags&tfdTimerAbstime == 0 {
+		return left, 0, ticks
+	}
+	clock := t.Clock
+	if clock == unix.CLOCK_BOOTTIME_ALARM {
+		clock = unix.CLOCK_BOOTTIME
+	}
+	return c.Now(clock) + left, tfdTimerAbstime, ticks
 }
 
 // forward brings a periodic timer up to date that has expired and not been read:
 // until it is, the kernel has not armed it again, and shows no time left.
 // timerfd_gettime(2) does that without any other effect.
 func (d *Description) forward() error {
-	t := d.Record.Timerfd
-	if t.Interval == 0 || t.Left != 0 || t.Ticks == 0 {
+	if d.seen.pair("it_interval") == 0 || d.seen.pair("it_value") != 0 || d.seen.number("ticks", 10) == 0 {
 		return nil
 	}
 	f, err := d.seen.own()
@@ -118,11 +174,6 @@ func (d *Description) forward() error {
 	if err := unix.TimerfdGettime(int(f.Fd()), &spec); err != nil {
 		return fmt.Errorf("timerfd_gettime: %w", err)
 	}
-	again, err := look(d.seen.proc, d.seen.fd)
-	if err != nil {
-		return err
-	}
-	t.Left, t.Ticks = max(spec.Value.Nano(), 1), again.number("ticks", 10)
 	return nil
 }
 

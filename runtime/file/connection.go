@@ -3,6 +3,8 @@ package file
 import (
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
@@ -18,15 +20,33 @@ func (s *Set) Connections() (all []*sock.Connection) {
 			continue
 		}
 		if d.connection == nil {
-			d.connection = &sock.Connection{
-				Pid: d.seen.proc.Pid, FD: d.seen.fd, Record: d.Record.Socket,
-				Named: func(err error) error { return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err)) },
-			}
+			d.connection = &sock.Connection{Held: d.held()}
 		}
 		all = append(all, d.connection)
 	}
 	return all
 }
+
+// held says where a socket is found.
+func (d *Description) held() sock.Held {
+	return sock.Held{
+		Pid: d.seen.proc.Pid, FD: d.seen.fd, Record: d.Record.Socket,
+		Named: func(err error) error { return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err)) },
+	}
+}
+
+// Listeners lists the sockets of TCP that listen.
+func (s *Set) Listeners() (all []sock.Held) {
+	for _, d := range s.descs {
+		if r := d.Record.Socket; r != nil && r.Listening && r.Family != unix.AF_UNIX {
+			all = append(all, d.held())
+		}
+	}
+	return all
+}
+
+// Inside is what is known of the network namespace, nil if nobody has asked for it.
+func (s *Set) Inside() *sock.Inside { return s.sockets }
 
 // saveConnections writes what their queues hold.
 func (s *Set) saveConnections(w *image.Writer, progress func(int) error) error {

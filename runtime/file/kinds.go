@@ -1,6 +1,8 @@
 package file
 
 import (
+	"os"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
@@ -19,6 +21,9 @@ type kind struct {
 	open func(m *Maker, b *tracee.Batch, f *image.File) (int, error)
 	// finish, if set, adds the calls that give the opened descriptor its state.
 	finish func(m *Maker, b *tracee.Batch, fd int, f *image.File)
+	// obtain, in the place of open and finish, opens a file about a task in this
+	// process, host being that task's pid here, once all processes are there.
+	obtain func(m *Maker, host int, f *image.File) (*os.File, error)
 }
 
 // kinds in the order in which they are asked. Stdio comes first: it is whatever
@@ -26,7 +31,7 @@ type kind struct {
 var kinds []kind
 
 func init() {
-	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, shmem, socket, ptmx, tty, mqueue, external, proc, regular, directory, device}
+	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, pidfd, nsfs, shmem, socket, ptmx, tty, mqueue, external, proc, regular, directory, device}
 }
 
 func kindOf(name string) *kind {

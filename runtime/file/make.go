@@ -15,6 +15,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/sock"
+	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -28,6 +29,8 @@ import (
 type Maker struct {
 	Realtime int64 // CLOCK_REALTIME of the checkpoint, nanoseconds
 	Warn     func(msg string, args ...any)
+	// Clocks are the container's, and how far they have gone since the checkpoint.
+	Clocks func() *task.Clocks
 	// Validation is one of Validations.
 	Validation string
 	// Given are the files for what the image leaves out, by key (CheckGiven).
@@ -65,8 +68,9 @@ type Maker struct {
 }
 
 type madePipe struct {
-	fd    [2]int
-	taken [2]bool
+	fd      [2]int
+	taken   [2]bool
+	content []byte // as far as it has come
 }
 
 // Numbers under which the stub starts with what it is given.
@@ -174,7 +178,7 @@ func (m *Maker) Make() error {
 	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
-		if f, ok := m.head.Objects[ref].(*image.File); ok && f.Pid == 0 && f.Inside == 0 {
+		if f, ok := m.head.Objects[ref].(*image.File); ok && !late(f) {
 			files = append(files, ref)
 		}
 	}
@@ -184,6 +188,9 @@ func (m *Maker) Make() error {
 		}
 	}
 	if err := m.connect(); err != nil {
+		return err
+	}
+	if err := m.registerAll(); err != nil {
 		return err
 	}
 	return m.setTerminals()
@@ -324,9 +331,12 @@ func (m *Maker) buffers() error {
 func (m *Maker) makePipe(ref image.Ref, p *image.Pipe) error {
 	var b tracee.Batch
 	ends := b.Reserve(8)
-	if p.Path != "" {
+	switch {
+	case p.Removed != 0:
+		m.reopen(&b, m.anchors[p.Removed], unix.O_RDWR|unix.O_NONBLOCK)
+	case p.Path != "":
 		openPath(&b, p.Path, unix.O_RDWR|unix.O_NONBLOCK)
-	} else {
+	default:
 		b.Add(unix.SYS_PIPE2, ends, tracee.W(unix.O_CLOEXEC|unix.O_NONBLOCK))
 	}
 	if _, err := m.stub.Run(&b); err != nil {
@@ -345,10 +355,29 @@ func (m *Maker) makePipe(ref image.Ref, p *image.Pipe) error {
 	if p.Capacity == 0 {
 		return nil
 	}
-	var size tracee.Batch
-	size.Add(unix.SYS_FCNTL, tracee.W(up[0]), tracee.W(unix.F_SETPIPE_SZ), tracee.W(p.Capacity))
-	_, err = m.stub.Run(&size)
-	return err
+	return m.resize(up[0], p)
+}
+
+// resize gives a pipe its size. Where pipes as large as that are not allowed here
+// it becomes as large as may be, if that holds what is in it.
+func (m *Maker) resize(fd int, p *image.Pipe) error {
+	for _, size := range []int{int(p.Capacity), mostPipe()} {
+		var b tracee.Batch
+		i := b.Try(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_SETPIPE_SZ), tracee.W(size))
+		if _, err := m.stub.Run(&b); err != nil {
+			return err
+		}
+		switch err := b.Err(i); {
+		case err == nil && size < int(p.Capacity):
+			m.Warn("a pipe becomes smaller, as its size is not allowed here (fs.pipe-max-size)", "bytes", p.Capacity, "instead", size)
+			return nil
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EPERM) || size < int(p.Length) || size != int(p.Capacity):
+			return &fail.Error{Cause: fmt.Errorf("%d bytes for a pipe, with %d in it: %w", p.Capacity, p.Length, err), Remedy: "raise fs.pipe-max-size"}
+		}
+	}
+	return nil
 }
 
 // shmemAt is where the maker maps shared memory for a moment: far from the
@@ -726,23 +755,10 @@ func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
 	if c := m.connections[ref]; c != nil {
 		return m.named(ref, c.Fill(data))
 	}
-	p := m.pipes[ref]
-	if p == nil {
+	if m.pipes[ref] == nil {
 		return fmt.Errorf("contents for object %d, which is no pipe", ref)
 	}
-	f, err := m.stub.Take(p.fd[1])
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for len(data) > 0 {
-		n, err := unix.Write(int(f.Fd()), data)
-		if err != nil {
-			return fmt.Errorf("fill a pipe: %w", err)
-		}
-		data = data[n:]
-	}
-	return nil
+	return m.fillPipe(ref, data)
 }
 
 // Segment opens shared memory in the coordinator, to fill it.
@@ -865,6 +881,30 @@ func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int
 	}
 	_, err = s.Run(&finish)
 	return fd, err
+}
+
+// late reports a file that can be opened only when there are more processes than
+// the init.
+func late(f *image.File) bool { return f.Pid != 0 || f.Inside != 0 || f.Gone != nil }
+
+// Obtain opens what can be opened only when all processes are there, and what is
+// about tasks that are gone. host is the pid here of a task.
+func (m *Maker) Obtain(host func(pid int32) int) error {
+	for _, ref := range Refs(m.head) {
+		f := m.head.File(ref)
+		if f == nil || f.Gone != nil || kindOf(f.Kind) == nil || kindOf(f.Kind).obtain == nil {
+			continue
+		}
+		pid := host(f.Pid)
+		if pid == 0 {
+			return fail.On(f.Kind, fmt.Errorf("task %d, which it is about, is not there yet", f.Pid))
+		}
+		var err error
+		if m.late[ref], err = kindOf(f.Kind).obtain(m, pid, f); err != nil {
+			return fail.On(fmt.Sprintf("%s of task %d", f.Kind, f.Pid), err)
+		}
+	}
+	return m.makeGone()
 }
 
 // OpenInside opens what is to be opened in mount namespaces that tasks have made,

@@ -3,7 +3,6 @@ package file
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -23,17 +22,26 @@ type pipe struct {
 }
 
 // end is one descriptor of a pipe or fifo: it joins the buffer it belongs to.
-func (s *Set) end(d *Description, path string) error {
-	p := s.pipes[d.seen.stat.Ino]
+func (s *Set) end(d *Description, path string, gone *removed) error {
+	key := fileID{d.seen.stat.Dev, d.seen.stat.Ino}
+	p := s.pipes[key]
 	if p == nil {
 		p = &pipe{record: &image.Pipe{Path: path}}
 		p.Object = object.Object{Type: image.TypePipe, Record: p.record}
-		s.pipes[d.seen.stat.Ino] = p
+		if gone != nil {
+			p.Complete = func() { p.record.Removed = gone.Ref }
+		}
+		s.pipes[key] = p
 		s.order = append(s.order, p)
 	}
 	p.ends = append(p.ends, d)
 	d.pipe = p
-	d.Complete = func() { d.Record.Pipe = p.Ref }
+	d.Complete = func() {
+		d.Record.Pipe = p.Ref
+		if gone != nil {
+			d.Record.Removed = gone.Ref
+		}
+	}
 	f, err := d.seen.own()
 	if err != nil {
 		return err
@@ -55,8 +63,8 @@ func (s *Set) end(d *Description, path string) error {
 func reads(flags uint32) bool  { return flags&unix.O_ACCMODE != unix.O_WRONLY }
 func writes(flags uint32) bool { return flags&unix.O_ACCMODE != unix.O_RDONLY }
 
-// checkPipes refuses pipes that cannot be made again: those whose other end is
-// held by somebody outside the container, and packets.
+// checkPipes refuses pipes that cannot be made again, those whose other end is
+// held by somebody outside the container, and looks for packets in the others.
 func (s *Set) checkPipes() error {
 	pipes := s.order
 	s.order = nil
@@ -70,8 +78,8 @@ func (s *Set) checkPipes() error {
 			continue
 		}
 		s.order = append(s.order, p)
-		if p.record.Packet && p.record.Length > 0 {
-			err = fail.Refuse("", "a pipe with packets in it (O_DIRECT) is not supported yet", "let the reader drain it")
+		if err == nil && p.record.Length > 0 {
+			err = p.findPackets()
 		}
 		if err != nil {
 			return fail.In(one.proc.Name, fail.On(one.object(), err))
@@ -133,7 +141,7 @@ func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
 		if p.record.Length == 0 {
 			continue
 		}
-		data, err := p.peek()
+		data, err := p.content()
 		if err == nil {
 			err = w.Bytes(p.Ref, 0, data)
 		}
@@ -144,27 +152,136 @@ func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
 	return nil
 }
 
-func (p *pipe) peek() ([]byte, error) {
+// peek copies the buffers of the pipe into another one, which it returns the
+// reading end of (tee(2)).
+func (p *pipe) peek() (*os.File, error) {
 	source, err := p.openReader()
 	if err != nil {
 		return nil, err
 	}
 	defer source.Close()
-	var ends [2]int
-	if err := unix.Pipe2(ends[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("pipe2: %w", err)
-	}
-	out, in := os.NewFile(uintptr(ends[0]), "scratch pipe"), os.NewFile(uintptr(ends[1]), "scratch pipe")
-	defer out.Close()
-	if _, err := unix.FcntlInt(in.Fd(), unix.F_SETPIPE_SZ, int(p.record.Capacity)); err != nil {
-		return nil, errors.Join(fmt.Errorf("scratch pipe of %d bytes: %w", p.record.Capacity, err), in.Close())
+	out, in, err := scratchPipe(p.record.Capacity)
+	if err != nil {
+		return nil, err
 	}
 	n, err := unix.Tee(int(source.Fd()), int(in.Fd()), int(p.record.Length), unix.SPLICE_F_NONBLOCK)
-	err = errors.Join(err, in.Close())
-	if err != nil || n != int64(p.record.Length) {
-		return nil, fmt.Errorf("tee gave %d of %d bytes: %w", n, p.record.Length, err)
+	if err = errors.Join(err, in.Close()); err == nil && n != int64(p.record.Length) {
+		err = fmt.Errorf("tee gave %d of %d bytes", n, p.record.Length)
 	}
-	return io.ReadAll(out)
+	if err != nil {
+		return nil, errors.Join(err, out.Close())
+	}
+	return out, nil
+}
+
+// scratchPipe makes a pipe of our own. Where pipes as large as that are not
+// allowed any more it is as large as may be, which is enough unless the other is
+// full.
+func scratchPipe(capacity uint32) (out, in *os.File, err error) {
+	var ends [2]int
+	if err := unix.Pipe2(ends[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		return nil, nil, fmt.Errorf("pipe2: %w", err)
+	}
+	out, in = os.NewFile(uintptr(ends[0]), "scratch pipe"), os.NewFile(uintptr(ends[1]), "scratch pipe")
+	_, err = unix.FcntlInt(in.Fd(), unix.F_SETPIPE_SZ, int(capacity))
+	if errors.Is(err, unix.EPERM) {
+		_, err = unix.FcntlInt(in.Fd(), unix.F_SETPIPE_SZ, mostPipe())
+	}
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("scratch pipe of %d bytes: %w", capacity, err), out.Close(), in.Close())
+	}
+	return out, in, nil
+}
+
+// mostPipe is how large pipes may be for those without CAP_SYS_RESOURCE (pipe(7)).
+func mostPipe() int {
+	size := 64 << 10 // as they come
+	if b, err := os.ReadFile("/proc/sys/fs/pipe-max-size"); err == nil {
+		_, _ = fmt.Sscan(string(b), &size)
+	}
+	return size
+}
+
+// content is what lies in the pipe, packets and all.
+func (p *pipe) content() ([]byte, error) {
+	out, err := p.peek()
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	data := make([]byte, 0, p.record.Length)
+	for len(data) < cap(data) { // a read ends with a packet
+		n, err := unix.Read(int(out.Fd()), data[len(data):cap(data)])
+		if err != nil || n == 0 {
+			return nil, fmt.Errorf("read the copy of a pipe: %d of %d bytes, %w", len(data), cap(data), err)
+		}
+		data = data[:len(data)+n]
+	}
+	return data, nil
+}
+
+// findPackets finds which of the bytes in the pipe are packets, as written with
+// O_DIRECT (pipe(2)): each is a buffer of its own that a read takes alone.
+func (p *pipe) findPackets() error {
+	copied, err := p.peek()
+	if err != nil {
+		return err
+	}
+	defer copied.Close()
+	var runs []image.PipeRun
+	packets := false
+	for left := int(p.record.Length); left > 0; {
+		n, packet, err := firstBuffer(copied)
+		if err != nil {
+			return err
+		}
+		left, packets = left-n, packets || packet
+		if last := len(runs) - 1; !packet && last >= 0 && !runs[last].Packet {
+			runs[last].Length += uint32(n)
+		} else {
+			runs = append(runs, image.PipeRun{Length: uint32(n), Packet: packet})
+		}
+	}
+	if packets {
+		p.record.Runs = runs
+	}
+	return nil
+}
+
+// firstBuffer takes the first buffer out of a pipe and tells how long it is and
+// whether it is a packet. The buffer twice in another pipe is read as one piece
+// unless it is one.
+func firstBuffer(from *os.File) (n int, packet bool, err error) {
+	const one, two = unix.PathMax, 2 * unix.PathMax // pages
+	single, in, err := scratchPipe(one)
+	if err != nil {
+		return 0, false, err
+	}
+	defer single.Close()
+	defer in.Close()
+	double, in2, err := scratchPipe(two)
+	if err != nil {
+		return 0, false, err
+	}
+	defer double.Close()
+	defer in2.Close()
+	const most = 1 << 30
+	length, err := unix.Tee(int(from.Fd()), int(in.Fd()), most, unix.SPLICE_F_NONBLOCK)
+	for range 2 {
+		if err == nil {
+			_, err = unix.Tee(int(from.Fd()), int(in2.Fd()), int(length), unix.SPLICE_F_NONBLOCK)
+		}
+	}
+	if err != nil {
+		return 0, false, fmt.Errorf("tee: %w", err)
+	}
+	buf := make([]byte, 2*length)
+	got, err := unix.Read(int(double.Fd()), buf)
+	if err != nil {
+		return 0, false, fmt.Errorf("read the copy of a pipe: %w", err)
+	}
+	_, err = unix.Read(int(from.Fd()), buf[:length])
+	return int(length), got == int(length), err
 }
 
 // openReader opens the reading side; where nobody inside holds one, through
@@ -186,7 +303,7 @@ var pipeKind = kind{
 	},
 	read: func(s *Set, d *Description) error {
 		d.Record.Kind = image.KindPipe
-		return s.end(d, "")
+		return s.end(d, "", nil)
 	},
 	open: func(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		return m.openEnd(b, f)
@@ -199,20 +316,26 @@ var fifo = kind{
 	name: image.KindFifo,
 	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFIFO },
 	read: func(s *Set, d *Description) error {
-		d.Record.Kind, d.Record.Path = image.KindFifo, d.seen.link
+		d.Record.Kind = image.KindFifo
 		if s.external(d.seen) {
 			return fail.Refuse("", "the fifo lies outside the container", "close it before the checkpoint, or leave it out (--external)")
 		}
-		if err := s.resolves(d.seen.link, &d.seen.stat); err != nil {
+		var gone *removed
+		var err error
+		if d.Record.Path, gone, err = s.locate(s.own(), d.seen.link, &d.seen.stat, d.seen.path()); err != nil {
 			return err
 		}
-		return s.end(d, d.seen.link)
+		d.take(gone)
+		return s.end(d, d.Record.Path, gone)
 	},
 	open: func(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		if _, ok := m.pipes[f.Pipe]; !ok {
 			return 0, fmt.Errorf("fifo %s without its buffer", f.Path)
 		}
 		// Both ends are held open by the maker, so that this does not wait.
+		if f.Removed != 0 {
+			return m.reopen(b, m.anchors[f.Removed], f.Flags|unix.O_NONBLOCK), nil
+		}
 		return openPath(b, f.Path, f.Flags|unix.O_NONBLOCK), nil
 	},
 	finish: finishEnd,
@@ -236,4 +359,52 @@ func (m *Maker) openEnd(b *tracee.Batch, f *image.File) (int, error) {
 		return b.Add(unix.SYS_FCNTL, tracee.W(ends.fd[side]), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(0)), nil
 	}
 	return m.reopen(b, ends.fd[side], f.Flags|unix.O_NONBLOCK), nil
+}
+
+// fillPipe puts bytes back into a pipe, packets as packets.
+func (m *Maker) fillPipe(ref image.Ref, data []byte) error {
+	p := m.pipes[ref]
+	p.content = append(p.content, data...)
+	rec := m.head.Pipe(ref)
+	if len(p.content) < int(rec.Length) {
+		return nil
+	}
+	f, err := m.stub.Take(p.fd[1])
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return fmt.Errorf("F_GETFL: %w", err)
+	}
+	runs := rec.Runs
+	if len(runs) == 0 {
+		runs = []image.PipeRun{{Length: rec.Length}}
+	}
+	for _, run := range runs {
+		if err := fillRun(f, flags&^unix.O_DIRECT|unix.O_NONBLOCK, run, p.content[:run.Length]); err != nil {
+			return fmt.Errorf("fill a pipe: %w", err)
+		}
+		p.content = p.content[run.Length:]
+	}
+	_, err = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags)
+	return err
+}
+
+func fillRun(f *os.File, flags int, run image.PipeRun, data []byte) error {
+	if run.Packet {
+		flags |= unix.O_DIRECT
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, flags); err != nil {
+		return err
+	}
+	for len(data) > 0 {
+		n, err := unix.Write(int(f.Fd()), data)
+		if err != nil {
+			return err
+		}
+		data = data[n:]
+	}
+	return nil
 }

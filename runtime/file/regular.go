@@ -87,8 +87,6 @@ var regular = kind{
 	finish: seek,
 }
 
-func unlinked(one *seen) bool { return one.stat.Nlink == 0 }
-
 // directory is an open directory; its position is the file system's own
 // cookie, valid for as long as the directory is not rewritten.
 var directory = kind{
@@ -176,12 +174,12 @@ var proc = kind{
 		return false
 	},
 	read: func(s *Set, d *Description) error {
-		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindProc, d.seen.link, d.seen.stat.Mode
-		if unlinked(d.seen) {
-			return fail.Refuse("", "it belongs to a task that is gone", "close it before the checkpoint")
-		}
+		d.Record.Kind, d.Record.Path, d.Record.Mode = image.KindProc, strings.TrimSuffix(d.seen.link, deletedSuffix), d.seen.stat.Mode
 		if s.fsType(d.seen) == "proc" {
-			d.Record.Pid = pidInPath(d.seen.link, s.view(d.seen).Mounts, d.seen.mnt)
+			d.Record.Pid = pidInPath(d.Record.Path, s.view(d.seen).Mounts, d.seen.mnt)
+			if ended, err := s.outlived(d); err != nil || ended {
+				return err
+			}
 			if d.Record.Pid != 0 && strings.Contains(d.seen.link, "/task/") {
 				return fail.Refuse("", "files of single threads in /proc are not supported yet", "close it before the checkpoint")
 			}

@@ -110,6 +110,7 @@ type Description struct {
 	segment *mm.Segment
 	targets []*Description // that it refers to; of an epoll by entry
 	places  []place        // that it watches
+	timed   [2]int64       // CLOCK_MONOTONIC and CLOCK_REALTIME when a timer was read
 	null    bool           // a guest's stream that becomes /dev/null
 
 	connection *sock.Connection
@@ -145,11 +146,13 @@ type Set struct {
 	ptys    map[int]*pty
 	// terminals are ptys in the order they were met.
 	terminals []*pty
-	pipes     map[uint64]*pipe
+	pipes     map[fileID]*pipe
 	order     []*pipe
 	queues    queues
 	placed    []func() // complete records with the mount namespaces of their paths
 	sockets   *sock.Inside
+	// endedTasks numbers tasks that are gone and of which something is held.
+	endedTasks map[string]uint32
 }
 
 // Env is what the room must know of the container.
@@ -173,6 +176,9 @@ type Env struct {
 	// Remade reports whether a device is one of these file systems, which restore
 	// makes anew.
 	Remade func(dev uint64) bool
+	// Task tells what the container calls a task of the host, 0 for one that is not
+	// of it, and whether it is the first of its process.
+	Task func(host int) (inner int32, first bool, err error)
 	// Views are the mount namespaces that tasks have made, once these are known.
 	Views func() []*namespace.View
 	// External are the open files that are to be left out.
@@ -192,7 +198,7 @@ func NewSet(env Env) *Set {
 	if env.Places == nil {
 		env.Places = NewPlaces()
 	}
-	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[uint64]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}}
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[fileID]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}}
 }
 
 // AddTable reads the descriptor table of a process.

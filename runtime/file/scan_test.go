@@ -375,12 +375,12 @@ func TestPipePeek(t *testing.T) {
 		t.Fatalf("%+v, %d bytes written", p.record, len(want))
 	}
 	for range 2 {
-		if got, err := p.peek(); err != nil || string(got) != string(want) {
+		if got, err := p.content(); err != nil || string(got) != string(want) {
 			t.Errorf("peeked at %d bytes, %v; want %d", len(got), err, len(want))
 		}
 	}
 	p.ends = p.ends[1:] // only the writer is known: read through its link
-	if got, err := p.peek(); err != nil || string(got) != string(want) {
+	if got, err := p.content(); err != nil || string(got) != string(want) {
 		t.Errorf("through the writer: %d bytes, %v", len(got), err)
 	}
 	left := make([]byte, 2*len(want))
@@ -403,11 +403,37 @@ func TestPipeRefused(t *testing.T) {
 	must(t, describe(r, w))
 	must(t, w.Close())
 	must(t, describe(r)) // nobody will ever write to it
-	packets, in := pipes(t, unix.O_DIRECT)
-	must(t, describe(packets, in))
-	_, err := in.Write([]byte("x"))
-	must(t, err)
-	refusal(t, describe(packets, in), "packets")
+}
+
+// Packets are told from what was written as a stream, whatever flags the ends have
+// by now.
+func TestPackets(t *testing.T) {
+	r, w := pipes(t, 0)
+	direct := func(flags int) {
+		_, err := unix.FcntlInt(w.Fd(), unix.F_SETFL, flags)
+		must(t, err)
+	}
+	page := strings.Repeat("p", 4096)
+	var want []image.PipeRun
+	for _, part := range []struct {
+		text   string
+		packet bool
+	}{{page, false}, {"one", true}, {"x", true}, {"stream", false}} {
+		direct(0)
+		if part.packet {
+			direct(unix.O_DIRECT)
+		}
+		_, err := w.WriteString(part.text)
+		must(t, err)
+		want = append(want, image.PipeRun{Length: uint32(len(part.text)), Packet: part.packet})
+	}
+	p := described(t, world(t), r, w)[0].pipe
+	if !slices.Equal(p.record.Runs, want) {
+		t.Errorf("%+v, want %+v", p.record.Runs, want)
+	}
+	if got, err := p.content(); err != nil || string(got) != page+"onexstream" {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
 }
 
 func TestRegular(t *testing.T) {

@@ -105,39 +105,62 @@ func port(a netip.AddrPort) []byte {
 // it is.
 const early = -350
 
-func addChain(c *nftables.Conn, t *nftables.Table, hook *nftables.ChainHook, sets [2]*nftables.Set) {
+// version is where a version of IP has its addresses.
+type version struct {
+	protocol       byte
+	source, length uint32 // of the source address, which the destination follows
+}
+
+var versions = [2]version{{unix.NFPROTO_IPV4, 12, 4}, {unix.NFPROTO_IPV6, 8, 16}}
+
+func versionOf(a netip.Addr) version {
+	if a.Is4() {
+		return versions[0]
+	}
+	return versions[1]
+}
+
+func (v version) is() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{v.protocol}},
+	}
+}
+
+func isTCP() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+	}
+}
+
+func baseChain(c *nftables.Conn, t *nftables.Table, hook *nftables.ChainHook) *nftables.Chain {
 	priority := nftables.ChainPriority(early)
-	chain := c.AddChain(&nftables.Chain{
-		Name:  map[*nftables.ChainHook]string{nftables.ChainHookInput: "input", nftables.ChainHookOutput: "output"}[hook],
-		Table: t, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: &priority,
-	})
+	names := map[*nftables.ChainHook]string{nftables.ChainHookInput: "input", nftables.ChainHookOutput: "output"}
+	return c.AddChain(&nftables.Chain{Name: names[hook], Table: t, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: &priority})
+}
+
+func addChain(c *nftables.Conn, t *nftables.Table, hook *nftables.ChainHook, sets [2]*nftables.Set) {
+	chain := baseChain(c, t, hook)
 	c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(HoldMark)},
 		&expr.Verdict{Kind: expr.VerdictAccept},
 	}})
+	// The peer comes first in a key: it is the source of what comes in.
+	peer, local := uint32(0), uint32(1)
+	if hook == nftables.ChainHookOutput {
+		peer, local = 1, 0
+	}
 	for i, set := range sets {
-		protocol, length, source := byte(unix.NFPROTO_IPV4), uint32(4), uint32(12)
-		if i == 1 {
-			protocol, length, source = unix.NFPROTO_IPV6, 16, 8
-		}
-		exprs := []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{protocol}},
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
-		}
-		// The peer comes first in a key: it is the source of what comes in.
-		peer, local := uint32(0), uint32(1)
-		if hook == nftables.ChainHookOutput {
-			peer, local = 1, 0
-		}
+		v := versions[i]
+		exprs := append(v.is(), isTCP()...)
 		register := uint32(unix.NFT_REG32_00)
 		for _, side := range []uint32{peer, local} {
 			exprs = append(exprs,
-				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: source + side*length, Len: length},
-				&expr.Payload{DestRegister: register + length/4, Base: expr.PayloadBaseTransportHeader, Offset: 2 * side, Len: 2})
-			register += length/4 + 1
+				&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: v.source + side*v.length, Len: v.length},
+				&expr.Payload{DestRegister: register + v.length/4, Base: expr.PayloadBaseTransportHeader, Offset: 2 * side, Len: 2})
+			register += v.length/4 + 1
 		}
 		exprs = append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set.Name, SetID: set.ID}, &expr.Verdict{Kind: expr.VerdictDrop})
 		c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: exprs})
@@ -166,6 +189,32 @@ func (h *Hold) There() (there bool, err error) {
 		return err
 	})
 	return there, err
+}
+
+// PutArrivals makes a table that keeps off whatever comes to sockets that listen:
+// connections that the kernel would make now could be accepted by nobody.
+func (h *Hold) PutArrivals(listeners []*image.Socket) error {
+	return h.inside(func(c *nftables.Conn) error {
+		t := c.AddTable(&nftables.Table{Name: h.Table, Family: nftables.TableFamilyINet})
+		chain := baseChain(c, t, nftables.ChainHookInput)
+		for _, s := range listeners {
+			at := addressOf(s.Address)
+			exprs := isTCP()
+			if to := at.Addr().Unmap(); !to.IsUnspecified() {
+				v := versionOf(to)
+				exprs = append(exprs, v.is()...)
+				exprs = append(exprs,
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: v.source + v.length, Len: v.length},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: to.AsSlice()})
+			}
+			exprs = append(exprs,
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(at.Port())},
+				&expr.Verdict{Kind: expr.VerdictDrop})
+			c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: exprs})
+		}
+		return c.Flush()
+	})
 }
 
 // inside works on the tables of the network namespace.

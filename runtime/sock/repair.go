@@ -72,14 +72,21 @@ func readMoving(fd int) (moving, error) {
 	return moving{i.State, i.Bytes_acked, i.Bytes_received, i.Bytes_sent, i.Notsent_bytes}, nil
 }
 
-// Connection is a connection of the container, on its way into the image. Its
-// tasks are stopped and frozen as long as it is worked on.
-type Connection struct {
+// Held is a socket of the container.
+type Held struct {
 	// Pid and FD say where it is open, in a task of the container.
 	Pid, FD int
 	// Named names it in an error.
 	Named  func(error) error
 	Record *image.Socket
+}
+
+func (h *Held) open() (*os.File, error) { return tracee.TakeFD(h.Pid, h.FD) }
+
+// Connection is a connection of the container, on its way into the image. Its
+// tasks are stopped and frozen as long as it is worked on.
+type Connection struct {
+	Held
 	// Content are the bytes of both queues, as they stand in the image.
 	Content []byte
 	read    moving // when it was
@@ -134,8 +141,6 @@ func (c *Connection) readOnce() (same bool, err error) {
 	c.read = now
 	return false, err
 }
-
-func (c *Connection) open() (*os.File, error) { return tracee.TakeFD(c.Pid, c.FD) }
 
 // readConnection completes the record of a connection and returns the bytes of
 // its queues.
@@ -418,9 +423,6 @@ func (r *Remade) Begin(limits Buffers) error {
 	}
 	if err := r.setBuffers(limits); err != nil {
 		return err
-	}
-	if t.State == tcpClose {
-		return nil
 	}
 	if err := setSequence(r.fd(), receiveQueue, t.Receive.Seq); err != nil {
 		return err

@@ -68,7 +68,7 @@ func connectionOf(t *testing.T, f *os.File) *Connection {
 	if s.TCP.Peer, err = peerAddress(fd(f)); err != nil && !errors.Is(err, unix.ENOTCONN) {
 		t.Fatal(err)
 	}
-	return &Connection{Record: s, Pid: os.Getpid(), FD: fd(f), Named: func(err error) error { return err }}
+	return &Connection{Held: Held{Record: s, Pid: os.Getpid(), FD: fd(f), Named: func(err error) error { return err }}}
 }
 
 // again makes connections again as a restore does.

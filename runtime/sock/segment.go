@@ -87,6 +87,9 @@ func Readdress(raw []byte, to map[netip.Addr]netip.Addr) []byte {
 
 func describeRaw(raw []byte) string {
 	a := addressOf(raw)
+	if !a.IsValid() {
+		return "nobody any more"
+	}
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()).String()
 }
 

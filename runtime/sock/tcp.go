@@ -96,6 +96,44 @@ func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	return in.readPeer(fd, inode, s)
 }
 
+// CheckInFlight looks once more whether connections wait to be accepted.
+func (in *Inside) CheckInFlight(l *Held) error {
+	f, err := l.open()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := unix.GetsockoptTCPInfo(int(f.Fd()), unix.SOL_TCP, unix.TCP_INFO)
+	if err != nil {
+		return fmt.Errorf("TCP_INFO: %w", err)
+	}
+	return l.Named(in.inFlight(l.Record, info.Unacked))
+}
+
+// Orphans says which connections no descriptor leads to: none of them can be saved.
+func (in *Inside) Orphans() (what []string) {
+	names := []struct {
+		name   string
+		states []int
+	}{
+		{"being made by peers (SYN_RECV)", []int{tcpSynReceived}},
+		{"waiting for time to pass (TIME_WAIT)", []int{tcpTimeWait}},
+		{"closed by their programs, which still had something to tell", []int{tcpFinWait1, tcpFinWait2, tcpClosing, tcpLastAck}},
+	}
+	for _, n := range names {
+		sum := 0
+		for _, d := range in.diagnoses {
+			for _, state := range n.states {
+				sum += d.orphans[state]
+			}
+		}
+		if sum > 0 {
+			what = append(what, fmt.Sprintf("%d %s", sum, n.name))
+		}
+	}
+	return what
+}
+
 // inFlight refuses connections that the kernel has made and nobody has accepted:
 // none can be put back into that queue.
 func (in *Inside) inFlight(s *image.Socket, n uint32) error {
