@@ -24,6 +24,7 @@ const (
 	partInotify
 	partSocket
 	partMqueue
+	partTun
 )
 
 // kinds gives each kind of open file the part it must carry.
@@ -49,6 +50,7 @@ var kinds = map[string]part{
 	KindTTY:       partPty,
 	KindMqueue:    partMqueue,
 	KindExternal:  partNone,
+	KindTun:       partTun,
 }
 
 // maxKey bounds the name of an open file that is left out.
@@ -149,6 +151,7 @@ func (b *builder) isMountNamespace(ref Ref) bool {
 func (f *File) onlyPart(want part) error {
 	carried := map[part]bool{
 		partPipe:     f.Pipe != 0,
+		partTun:      f.Tun != nil,
 		partEpoll:    f.Epoll != nil,
 		partEventfd:  f.Eventfd != nil,
 		partTimerfd:  f.Timerfd != nil,

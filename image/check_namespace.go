@@ -9,10 +9,9 @@ import (
 
 // Bounds on namespaces that tasks have made.
 const (
-	maxNested    = 1 << 14
-	maxExtents   = 340 // UID_GID_MAP_MAX_EXTENTS
-	maxHostname  = 64  // __NEW_UTS_LEN
-	maxNestedNet = 1 << 10
+	maxNested   = 1 << 14
+	maxExtents  = 340 // UID_GID_MAP_MAX_EXTENTS
+	maxHostname = 64  // __NEW_UTS_LEN
 )
 
 // checkNested checks the namespaces that tasks have made, and who is in which.
@@ -75,10 +74,8 @@ func (n *nesting) add(ns *NestedNamespace) error {
 		return errors.New("only a pid namespace has a parent and dies with its init")
 	case (ns.User != nil) != (ns.Type == "user"), (ns.UTS != nil) != (ns.Type == "uts"), (ns.Time != nil) != (ns.Type == "time"):
 		return errors.New("what is in it is not what its type has")
-	case ns.Changes != nil && ns.Type != "mnt", ns.Links != nil && ns.Type != "net":
+	case ns.Changes != nil && ns.Type != "mnt":
 		return errors.New("what is in it is not what its type has")
-	case len(ns.Links) > maxNestedNet:
-		return fmt.Errorf("it has %d network devices", len(ns.Links))
 	case ns.UTS != nil && (len(ns.UTS.Hostname) > maxHostname || len(ns.UTS.Domainname) > maxHostname):
 		return fmt.Errorf("a name in it is longer than %d bytes", maxHostname)
 	case ns.Time != nil && (ns.Time.Monotonic < 0 || ns.Time.Boottime < 0):

@@ -14,9 +14,10 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages, *Mqueue
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages, *Mqueue, *Network
 
 	tasks     map[int32]*Task
+	networks  map[Ref]*Network   // by namespace
 	processes map[int32]*Process // by pid
 }
 
@@ -65,6 +66,10 @@ func (h *Head) Namespace(ref Ref) *Namespace { return object[Namespace](h, ref) 
 // Nested returns the namespace ref that tasks have made, or nil if there is none.
 func (h *Head) Nested(ref Ref) *NestedNamespace { return object[NestedNamespace](h, ref) }
 
+// Network returns what is in the network namespace ns, or nil if the image does
+// not have it.
+func (h *Head) Network(ns Ref) *Network { return h.networks[ns] }
+
 // Task returns the task of the process pid, or nil for a zombie or a pid that
 // the image does not have.
 func (h *Head) Task(pid int32) *Task { return h.tasks[pid] }
@@ -109,7 +114,7 @@ type builder struct {
 
 func newBuilder() *builder {
 	return &builder{
-		Head:     Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}, processes: map[int32]*Process{}},
+		Head:     Head{Objects: map[Ref]any{}, tasks: map[int32]*Task{}, networks: map[Ref]*Network{}, processes: map[int32]*Process{}},
 		spaceOf:  map[Ref]Ref{},
 		progress: map[Ref]uint64{},
 		places:   map[Ref]place{},
@@ -225,6 +230,8 @@ func (b *builder) check(v any) error {
 		return b.checkMqueue(v)
 	case *Sighand:
 		return checkSighand(v)
+	case *Network:
+		return b.checkNetwork(v)
 	}
 	return nil
 }
@@ -271,6 +278,8 @@ func (b *builder) keep(ref Ref, v any) {
 	case *Mqueue:
 		b.Objects[ref] = v
 		b.keepMqueue(v)
+	case *Network:
+		b.Objects[ref], b.networks[v.Namespace] = v, v
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v

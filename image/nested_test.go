@@ -68,7 +68,6 @@ func TestBadNesting(t *testing.T) {
 		"only a pid namespace has a parent":  func(tree *Tree) { tree.Namespaces[1].Parent = 2 },
 		"only a pid namespace has":           func(tree *Tree) { tree.Namespaces[0].Dead = true },
 		"not what its type has":              func(tree *Tree) { tree.Namespaces[1].UTS = nil },
-		"what is in it is not":               func(tree *Tree) { tree.Namespaces[2].Links = []Link{{}} },
 		"longer than 64 bytes":               func(tree *Tree) { tree.Namespaces[1].UTS.Domainname = strings.Repeat("x", 65) },
 		"a map of 0 ids":                     func(tree *Tree) { tree.Namespaces[0].User.UIDMap[0].Size = 0 },
 		"ids from 4294967295":                func(tree *Tree) { tree.Namespaces[0].User.GIDMap[0].Container = ^uint32(0) },

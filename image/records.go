@@ -33,6 +33,7 @@ const (
 	TypeContainer Type = 3
 	TypeTree      Type = 101
 	TypeTask      Type = 102
+	TypeNetwork   Type = 103
 	TypeFile      Type = 301
 	TypeFiles     Type = 302
 	TypeFS        Type = 303
@@ -208,7 +209,6 @@ type NestedNamespace struct {
 	UTS     *UTSNamespace  `cbor:"7,keyasint,omitempty"`
 	Time    *TimeNamespace `cbor:"8,keyasint,omitempty"`
 	Changes []MountChange  `cbor:"9,keyasint,omitempty"`  // of a mount namespace, to a copy of the container's
-	Links   []Link         `cbor:"10,keyasint,omitempty"` // of a network namespace
 	Dead    bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
 }
 
@@ -252,6 +252,72 @@ type UTSNamespace struct {
 type TimeNamespace struct {
 	Monotonic int64 `cbor:"1,keyasint"`
 	Boottime  int64 `cbor:"2,keyasint"`
+}
+
+// Network is what is in a network namespace that is the container's own, or that
+// a task has made. Requests are those that make it again: a message of
+// rtnetlink(7) each, without its struct nlmsghdr, as the kernel's byte order has
+// it. Interface numbers in them are those of Links.
+type Network struct {
+	Namespace  Ref         `cbor:"1,keyasint"`           // a Namespace or NestedNamespace of type "net"
+	Links      []NetLink   `cbor:"2,keyasint"`           // lower devices before those on them
+	Nexthops   [][]byte    `cbor:"3,keyasint,omitempty"` // RTM_NEWNEXTHOP
+	Addresses  [][]byte    `cbor:"4,keyasint,omitempty"` // RTM_NEWADDR
+	Routes     [][]byte    `cbor:"5,keyasint,omitempty"` // RTM_NEWROUTE
+	Rules      [][]byte    `cbor:"6,keyasint,omitempty"` // RTM_NEWRULE
+	Neighbours [][]byte    `cbor:"7,keyasint,omitempty"` // RTM_NEWNEIGH
+	Filters    []Netfilter `cbor:"8,keyasint,omitempty"` // of nftables, in the order that makes them
+	Sysctls    []Sysctl    `cbor:"9,keyasint,omitempty"`
+}
+
+// NetLink is a network device.
+type NetLink struct {
+	Index int32  `cbor:"1,keyasint"`
+	Name  string `cbor:"2,keyasint"`
+	Kind  string `cbor:"3,keyasint,omitempty"` // IFLA_INFO_KIND, or LinkLoopback
+	// Outside: it is the engine's or a hook's, its other end lies outside or it
+	// is a device of the machine's. It is there by then, or is not.
+	Outside bool   `cbor:"4,keyasint,omitempty"`
+	Flags   uint32 `cbor:"5,keyasint,omitempty"` // IFF_* that can be set
+	Create  []byte `cbor:"6,keyasint,omitempty"` // attributes of the RTM_NEWLINK that makes it
+	Change  []byte `cbor:"7,keyasint,omitempty"` // attributes of the one behind, when all are made
+	Peer    int32  `cbor:"8,keyasint,omitempty"` // of a veth: the other end's number
+	PeerNS  Ref    `cbor:"9,keyasint,omitempty"` // where that is in another namespace of the image
+	Tun     *Tun   `cbor:"10,keyasint,omitempty"`
+	Running bool   `cbor:"11,keyasint,omitempty"` // it carried: its other end was up
+}
+
+// LinkLoopback is the kind of the loopback device, which has none of its own.
+const LinkLoopback = "loopback"
+
+// Tun is what a tun or tap device is made from (TUNSETIFF).
+type Tun struct {
+	Flags   uint32 `cbor:"1,keyasint"`           // IFF_TUN or IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE
+	Owner   uint32 `cbor:"2,keyasint"`           // as the container numbers users; all ones: none
+	Group   uint32 `cbor:"3,keyasint"`           // likewise
+	Persist bool   `cbor:"4,keyasint,omitempty"` // it stays when nobody has it open
+}
+
+// TunFile is an open /dev/net/tun: a queue of a tun or tap device, or of none yet.
+type TunFile struct {
+	Device  string `cbor:"1,keyasint,omitempty"` // of the container's network namespace
+	Flags   uint32 `cbor:"2,keyasint,omitempty"` // TUNGETIFF
+	Persist bool   `cbor:"3,keyasint,omitempty"` // the device stays when nobody has it open
+	SndBuf  int32  `cbor:"4,keyasint,omitempty"` // TUNGETSNDBUF
+	Header  int32  `cbor:"5,keyasint,omitempty"` // bytes of a virtio_net_hdr, TUNGETVNETHDRSZ
+}
+
+// Netfilter is a message of nftables: the number of its type and what follows its
+// struct nlmsghdr.
+type Netfilter struct {
+	Type    uint8  `cbor:"1,keyasint"` // NFT_MSG_NEW*
+	Message []byte `cbor:"2,keyasint"`
+}
+
+// Sysctl is a value below /proc/sys/net.
+type Sysctl struct {
+	Name  string `cbor:"1,keyasint"` // "ipv4/conf/all/forwarding"
+	Value string `cbor:"2,keyasint"`
 }
 
 // Process is one process's place in the hierarchy. Ids are those of the
@@ -538,6 +604,7 @@ const (
 	KindTTY       = "tty"
 	KindMqueue    = "mqueue"
 	KindExternal  = "external"
+	KindTun       = "tun"
 )
 
 // File is one open file description; exactly the part its Kind needs is set.
@@ -562,6 +629,7 @@ type File struct {
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
 	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it
+	Tun      *TunFile  `cbor:"50,keyasint,omitempty"`
 	Inside   Ref       `cbor:"21,keyasint,omitempty"` // the mount namespace of a task's making in which the path leads to it
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`

@@ -161,6 +161,10 @@ func sampleObjects() []sampleRecord {
 		{TypeInode, Inode{Names: []Name{{refRoot, "etc"}}, Mode: 0o40755, Merged: true, Gone: []string{"a", "b"}}},
 		{TypeInode, Inode{Names: []Name{{refRootDir, "c"}, {refRoot, "d"}}, Mode: 0o100644}},
 		{TypeFile, File{Kind: KindExternal, Flags: 1, Key: "pipe[77]", Path: "pipe:[77]", Mode: 0o010600, Opener: 1}},
+		{TypeNetwork, Network{
+			Namespace: 2, Links: []NetLink{{Index: 1, Name: "lo", Kind: LinkLoopback, Flags: 1}, {Index: 2, Name: "eth0", Outside: true}, {Index: 3, Name: "t0", Kind: "tun", Tun: &Tun{Flags: 2}}},
+			Addresses: [][]byte{{2, 8, 0, 0, 1, 0, 0, 0}}, Filters: []Netfilter{{Message: []byte{2, 0, 0, 0}}}, Sysctls: []Sysctl{{"ipv4/ip_forward", "1"}},
+		}},
 		{TypeTask, sampleTask(1, refMMInit, refFilesInit, sampleThread(1, "nginx"), sampleThread(2, "aio"), sampleThread(3, "nginx"))},
 		{TypeTask, &worker},
 		{TypeTask, sampleTask(8, refMMInit, refFilesInit, sampleThread(8, "vforked"))},

@@ -37,6 +37,7 @@ var types = map[Type]typeInfo{
 	TypeContainer: {"container", sectionContainer, false, reflect.TypeFor[Container](), sizeOf[Mount]()},
 	TypeTree:      {"tree", sectionTree, false, reflect.TypeFor[Tree](), sizeOf[Process]()},
 	TypeTask:      {"task", sectionObjects, false, reflect.TypeFor[Task](), sizeOf[Thread]()},
+	TypeNetwork:   {"network", sectionObjects, true, reflect.TypeFor[Network](), sizeOf[NetLink]()},
 	TypeFile:      {"file", sectionObjects, true, reflect.TypeFor[File](), sizeOf[SocketOpt]()},
 	TypeFiles:     {"files", sectionObjects, true, reflect.TypeFor[Files](), sizeOf[Descriptor]()},
 	TypeFS:        {"fs", sectionObjects, true, reflect.TypeFor[FS](), 0},

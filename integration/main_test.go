@@ -51,7 +51,7 @@ func prepare() error {
 	if os.Geteuid() != 0 {
 		return errors.New("root is needed (sudo make test)")
 	}
-	for _, tool := range []string{"runc", "gcc", "go", "unshare", "nsenter"} {
+	for _, tool := range []string{"runc", "gcc", "go", "unshare", "nsenter", "ip", "nft"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Errorf("%w; hack/setup installs it", err)
 		}

@@ -55,6 +55,7 @@ var programs = []program{
 		withArgs("/bin/tmpfs", "chown"), withTmpfs("/run"), withNewPrivileges(),
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
+	{name: "tun", options: []option{withArgs("/bin/tun"), withTun(), withNewPrivileges(), withCapabilities("CAP_NET_ADMIN")}},
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
 	{name: "mqueues", options: []option{withArgs("/bin/mqueues")}},

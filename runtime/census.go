@@ -15,6 +15,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/network"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
@@ -36,8 +37,10 @@ type census struct {
 	memory  []*tmpfs.Tree
 	ipc     *sysv.Set
 	cgroups []image.SubCgroup // that the container has made
-	open    []*os.File
-	lends   map[*mm.Space]bool
+	// networks are the network namespaces whose contents are saved.
+	networks []*network.Space
+	open     []*os.File
+	lends    map[*mm.Space]bool
 }
 
 // process is one live process of the container.
@@ -170,6 +173,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	if err := n.files.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
+		return err
+	}
+	if err := n.readNetworks(c); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
 		return err
 	}
 	if err := n.findTerminals(); err != nil || running {

@@ -57,7 +57,10 @@ type CheckpointOptions struct {
 	// the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE],
 	// tty[DEVICE:INODE].
 	External []string
-	Log      *slog.Logger
+	// EmptyNetwork leaves what is in the container's network namespace out: the
+	// engine's hooks make it again.
+	EmptyNetwork bool
+	Log          *slog.Logger
 }
 
 // Report says how a journey went.
@@ -209,9 +212,12 @@ func (k *checkpoint) prepare(context.Context) error {
 		}
 	}
 	if err == nil {
-		c.refuseGuests = k.RefuseExec
+		c.refuseGuests, c.emptyNetwork = k.RefuseExec, k.EmptyNetwork
 		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Warn: c.warn}
 		err = c.leaveOut(k.External)
+	}
+	if err == nil {
+		err = c.readLinks()
 	}
 	if err == nil {
 		k.learned = newLearned(k.Log)
@@ -571,6 +577,9 @@ func (k *checkpoint) writeObjects() error {
 		if err := s.Details(); err != nil {
 			return fail.On("shared memory "+s.Record.Name, err)
 		}
+		objects = append(objects, &s.Object)
+	}
+	for _, s := range n.networks {
 		objects = append(objects, &s.Object)
 	}
 	objects = append(objects, n.ipc.Objects()...)

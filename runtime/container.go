@@ -46,6 +46,9 @@ type container struct {
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 	usual       task.Usual
 	bounding    []string // capabilities that its bundle gives
+	// emptyNetwork: what is in its network namespace is left to its engine.
+	emptyNetwork bool
+	sysctls      map[uint64]map[string]string // of network namespaces, by inode
 	// refuseGuests: processes brought in from outside are not to be kept.
 	refuseGuests bool
 	places       *file.Places  // where watched files were found
@@ -145,7 +148,7 @@ func (c *container) describe(root string) error {
 			return err
 		}
 	}
-	return c.readLinks()
+	return nil
 }
 
 func (c *container) openRoot(*libcontainer.State, *configs.Config) (err error) {

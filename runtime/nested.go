@@ -10,7 +10,6 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/forest"
-	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -201,7 +200,6 @@ func (r *restore) checkNumbers(step forest.Step, host int) error {
 
 // prepareNesting gives the stubs what it takes to make nested namespaces.
 func (r *restore) prepareNesting() error {
-	r.nested = &namespace.Maker{Head: r.head, Allowed: r.made.identity.Capabilities, Full: r.full, Offsets: r.made.offsets}
 	if len(r.head.Tree.Namespaces) == 0 {
 		return nil
 	}

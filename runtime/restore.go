@@ -26,6 +26,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/guardian"
 	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
+	"github.com/ocickpt/ocickpt/runtime/network"
 	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
@@ -64,7 +65,9 @@ type RestoreOptions struct {
 	TCPClose bool
 	// AddressMap gives new addresses to sockets that had others.
 	AddressMap map[netip.Addr]netip.Addr
-	Log        *slog.Logger
+	// EmptyNetwork leaves the container's network namespace to the engine.
+	EmptyNetwork bool
+	Log          *slog.Logger
 }
 
 // restore is one journey in.
@@ -239,7 +242,11 @@ func (r *restore) create(context.Context) (err error) {
 	if r.full, err = task.Capabilities(r.made.stub.Pid); err != nil {
 		return err
 	}
-	return restoreLinks(r.made.stub.Pid, r.head.Container.Links)
+	r.nested = &namespace.Maker{
+		Head: r.head, Allowed: r.made.identity.Capabilities, Full: r.full, Offsets: r.made.offsets,
+		Networks: &network.Maker{Head: r.head, Warn: r.Log.Warn},
+	}
+	return nil
 }
 
 // openFiles opens every file of the image in the init stub; all others inherit.
@@ -264,6 +271,9 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.maker.Start(); err != nil {
 		return err
 	}
+	if err := r.makeNetwork(); err != nil {
+		return err
+	}
 	if err := r.makeTmpfs(); err != nil {
 		return err
 	}
@@ -274,6 +284,9 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	if err := r.maker.Make(); err != nil {
+		return err
+	}
+	if err := r.nested.Networks.Attached(); err != nil {
 		return err
 	}
 	if err := r.prepareNesting(); err != nil {
@@ -351,6 +364,9 @@ func (r *restore) grow(ctx context.Context) error {
 		return err
 	}
 	if err := r.maker.OpenInside(r.stubs); err != nil {
+		return err
+	}
+	if err := r.nested.Networks.Finish(); err != nil {
 		return err
 	}
 	if err := r.maker.Obtain(r.hostPid); err != nil {

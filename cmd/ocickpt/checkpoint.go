@@ -28,8 +28,21 @@ var checkpointCommand = &cli.Command{
 		&cli.BoolFlag{Name: "tcp-skip-in-flight", Usage: "let connections be reset that no program has accepted yet"},
 		&cli.StringSliceFlag{Name: "external", Usage: "leave an open file out, to be given at the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE], tty[DEVICE:INODE]"},
 		&cli.StringFlag{Name: "exec-sessions", Value: "keep", Usage: "processes of runc exec: keep them, or fail"},
+		emptyNamespaces,
 	},
 	Action: checkpoint,
+}
+
+// emptyNamespaces is runc's flag of that name, which knows one type.
+var emptyNamespaces = &cli.StringSliceFlag{Name: "empty-ns", Usage: "leave what is in a namespace to the engine: network"}
+
+func emptyNetwork(c *cli.Context) (bool, error) {
+	for _, kind := range c.StringSlice("empty-ns") {
+		if kind != "network" {
+			return false, fmt.Errorf("--empty-ns %s: only network can be left to the engine", kind)
+		}
+	}
+	return c.IsSet("empty-ns"), nil
 }
 
 func checkpoint(c *cli.Context) error {
@@ -49,10 +62,14 @@ func checkpoint(c *cli.Context) error {
 	if sessions != "keep" && sessions != "fail" {
 		return fmt.Errorf("--exec-sessions %s: it is keep or fail", sessions)
 	}
+	empty, err := emptyNetwork(c)
+	if err != nil {
+		return err
+	}
 	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
 		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"),
 		TCPEstablished: c.Bool("tcp-established"), SkipInFlight: c.Bool("tcp-skip-in-flight"),
-		RefuseExec: sessions == "fail", External: c.StringSlice("external"), RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"), Log: log,
+		RefuseExec: sessions == "fail", EmptyNetwork: empty, External: c.StringSlice("external"), RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"), Log: log,
 	})
 	if work := c.String("work-path"); work != "" {
 		err = errors.Join(err, dumpLog(work, err))

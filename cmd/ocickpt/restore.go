@@ -39,6 +39,7 @@ var restoreCommand = &cli.Command{
 		&cli.StringSliceFlag{Name: "address-map", Usage: "`OLD=NEW`: give sockets with the one local address the other"},
 		&cli.BoolFlag{Name: "no-pivot", Usage: "do not use pivot_root (the root is a ramdisk)"},
 		&cli.BoolFlag{Name: "no-new-keyring", Usage: "do not make a session keyring for the container"},
+		emptyNamespaces,
 	},
 	Action: restore,
 }
@@ -77,6 +78,9 @@ func restore(c *cli.Context) error {
 		LeaveFrozen: c.Bool("leave-frozen"), FileValidation: c.String("file-validation"), RootfsDiff: c.String("rootfs-diff"),
 		ID: id, Image: in, SystemdCgroup: c.Bool("systemd-cgroup"),
 		Detach: c.Bool("detach"), NoPivot: c.Bool("no-pivot"), NoNewKeyring: c.Bool("no-new-keyring"), Log: log,
+	}
+	if o.EmptyNetwork, err = emptyNetwork(c); err != nil {
+		return err
 	}
 	for name, to := range map[string]*string{"root": &o.Root, "bundle": &o.Bundle, "pid-file": &o.PidFile, "console-socket": &o.ConsoleSocket} {
 		if *to = c.String(name); *to != "" {

@@ -144,6 +144,7 @@ type Set struct {
 	gone    []*removed       // in the order they were met
 	maps    []*object.Object // mapped files in the order they were met
 	ptys    map[int]*pty
+	tuns    map[uint64]map[string]bool
 	// terminals are ptys in the order they were met.
 	terminals []*pty
 	pipes     map[fileID]*pipe

@@ -19,7 +19,7 @@ type kind struct {
 	fill func(m *Maker, s *stub, n *image.NestedNamespace) error
 }
 
-var kinds = []*kind{&cgroup, &ipc, &mnt, &network, &pids, &clocks, &user, &uts}
+var kinds = []*kind{&cgroup, &ipc, &mnt, &netns, &pids, &clocks, &user, &uts}
 
 func kindOf(name string) *kind {
 	i := slices.IndexFunc(kinds, func(k *kind) bool { return k.name == name })

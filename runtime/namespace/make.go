@@ -12,6 +12,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/forest"
+	"github.com/ocickpt/ocickpt/runtime/network"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -29,6 +30,8 @@ type Maker struct {
 	// Proc and LastPid are numbers under which every stub holds the container's
 	// /proc and the kernel's /proc/sys/kernel/ns_last_pid.
 	Proc, LastPid int
+	// Networks fills network namespaces.
+	Networks *network.Maker
 	// Offsets are those of the container's clocks from the host's.
 	Offsets map[int32]int64
 
@@ -174,6 +177,9 @@ func (m *Maker) Unshare(s *tracee.Stub, step forest.Step, via *tracee.Stub) erro
 		return die(s)
 	case k.fill == nil:
 		return nil
+	}
+	if k == &netns { // it takes rights away by itself
+		return k.fill(m, me, n)
 	}
 	return m.limited(me, func() error { return k.fill(m, me, n) })
 }

@@ -29,12 +29,12 @@ type Hold struct {
 // HoldMark is the mark (SO_MARK) of packets that pass.
 const HoldMark = 0x0c1c4b17
 
-// holdPrefix is what the names of all these tables begin with: nobody else's is
+// HoldPrefix is what the names of all these tables begin with: nobody else's is
 // taken away, whatever an image says.
-const holdPrefix = "ocickpt-"
+const HoldPrefix = "ocickpt-"
 
 // HoldName is the name of the table of an image.
-func HoldName(id [16]byte) string { return fmt.Sprintf("%s%x", holdPrefix, id) }
+func HoldName(id [16]byte) string { return fmt.Sprintf("%s%x", HoldPrefix, id) }
 
 // Pair are the addresses of a connection.
 type Pair struct{ Local, Peer netip.AddrPort }
@@ -169,7 +169,7 @@ func addChain(c *nftables.Conn, t *nftables.Table, hook *nftables.ChainHook, set
 
 // Lift takes the table away, if it is there.
 func (h *Hold) Lift() error {
-	if !strings.HasPrefix(h.Table, holdPrefix) {
+	if !strings.HasPrefix(h.Table, HoldPrefix) {
 		return fmt.Errorf("table %q of nftables is none of ocickpt's", h.Table)
 	}
 	return h.inside(func(c *nftables.Conn) error {
