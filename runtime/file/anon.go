@@ -12,10 +12,13 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
+// eventfdLink is what /proc/PID/fd shows of an eventfd.
+const eventfdLink = "anon_inode:[eventfd]"
+
 // eventfd is a counter (eventfd(2)).
 var eventfd = kind{
 	name: image.KindEventfd,
-	is:   func(_ *Set, one *seen) bool { return one.link == "anon_inode:[eventfd]" },
+	is:   func(_ *Set, one *seen) bool { return one.link == eventfdLink },
 	read: func(_ *Set, d *Description) error {
 		d.Record.Kind = image.KindEventfd
 		d.Record.Eventfd = &image.Eventfd{

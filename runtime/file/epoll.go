@@ -299,10 +299,8 @@ func (s *Set) target(ep *seen, tfd int32, nth uint32) (*Description, error) {
 		if t.proc.Pid != ep.proc.Pid {
 			continue
 		}
-		for _, e := range t.entries {
-			if e.seen.fd == int(tfd) && is(e.seen) {
-				return e.desc, nil
-			}
+		if e := t.entry(int(tfd)); e != nil && is(e.seen) {
+			return e.desc, nil
 		}
 	}
 	for _, d := range s.descs {

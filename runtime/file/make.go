@@ -42,6 +42,7 @@ type Maker struct {
 	stub     *tracee.Stub
 	sock     int // the coordinator's end of the stub's socket
 	base     int // of the table
+	chunk    int // how many files are opened before they are moved there
 	fds      map[image.Ref]int
 	stdio    [3]int
 	socket   int
@@ -182,7 +183,7 @@ func (m *Maker) Make() error {
 			files = append(files, ref)
 		}
 	}
-	for chunk := range slices.Chunk(files, 1024) {
+	for chunk := range slices.Chunk(files, m.chunk) {
 		if err := m.openChunk(chunk); err != nil {
 			return err
 		}
@@ -206,7 +207,9 @@ func (m *Maker) clearLow() error {
 	if err := unix.Prlimit(m.stub.Pid, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
 		return fmt.Errorf("descriptor limit: %w", err)
 	}
-	if need := uint64(m.base + m.opens() + spareNumbers); need > limit.Max {
+	need := uint64(m.base + m.opens() + spareNumbers)
+	m.chunk = int(min(1024, max(uint64(m.base), limit.Max-min(need, limit.Max))))
+	if need > limit.Max {
 		return &fail.Error{Cause: fmt.Errorf("restoring takes %d descriptors and the hard limit is %d", need, limit.Max), Remedy: "raise it (ulimit -Hn)"}
 	}
 	low := []int{0, 1, 2, SocketFD}
@@ -308,13 +311,18 @@ func (m *Maker) moveUp(low []int) ([]int, error) {
 // buffers makes what lies behind files: pipes, fifos held open at both ends,
 // shared memory.
 func (m *Maker) buffers() error {
+	var pipes []image.Ref
 	for _, ref := range Refs(m.head) {
 		var err error
 		var object string
 		switch o := m.head.Objects[ref].(type) {
 		case *image.Pipe:
+			if o.Path == "" && o.Removed == 0 {
+				pipes = append(pipes, ref)
+				continue
+			}
 			object = "pipe " + o.Path
-			err = m.makePipe(ref, o)
+			err = m.makeFifo(ref, o)
 		case *image.Shmem:
 			object = "shared memory " + o.Name + o.Path
 			if o.SysV == nil {
@@ -325,37 +333,76 @@ func (m *Maker) buffers() error {
 			return fail.On(object, err)
 		}
 	}
+	for chunk := range slices.Chunk(pipes, max(m.chunk/2, 1)) {
+		if err := m.makePipes(chunk); err != nil {
+			return err
+		}
+	}
 	return m.openReadonly()
 }
 
-func (m *Maker) makePipe(ref image.Ref, p *image.Pipe) error {
+// makeFifo opens a fifo, at both its ends.
+func (m *Maker) makeFifo(ref image.Ref, p *image.Pipe) error {
 	var b tracee.Batch
-	ends := b.Reserve(8)
-	switch {
-	case p.Removed != 0:
+	if p.Removed != 0 {
 		m.reopen(&b, m.anchors[p.Removed], unix.O_RDWR|unix.O_NONBLOCK)
-	case p.Path != "":
+	} else {
 		openPath(&b, p.Path, unix.O_RDWR|unix.O_NONBLOCK)
-	default:
-		b.Add(unix.SYS_PIPE2, ends, tracee.W(unix.O_CLOEXEC|unix.O_NONBLOCK))
 	}
 	if _, err := m.stub.Run(&b); err != nil {
 		return err
 	}
-	low := []int{int(b.Calls[0].Ret)}
-	if p.Path == "" {
-		raw := b.At(ends, 8)
-		low = []int{int(binary.LittleEndian.Uint32(raw)), int(binary.LittleEndian.Uint32(raw[4:]))}
+	return m.adoptPipes([]image.Ref{ref}, []int{int(b.Calls[0].Ret)})
+}
+
+// makePipes makes pipes that have no path.
+func (m *Maker) makePipes(refs []image.Ref) error {
+	var b tracee.Batch
+	var ends []tracee.Word
+	for range refs {
+		at := b.Reserve(8)
+		b.Add(unix.SYS_PIPE2, at, tracee.W(unix.O_CLOEXEC|unix.O_NONBLOCK))
+		ends = append(ends, at)
 	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return fmt.Errorf("pipes: %w", err)
+	}
+	var low []int
+	for _, at := range ends {
+		raw := b.At(at, 8)
+		low = append(low, int(binary.LittleEndian.Uint32(raw)), int(binary.LittleEndian.Uint32(raw[4:])))
+	}
+	return m.adoptPipes(refs, low)
+}
+
+// adoptPipes moves the ends of pipes, one or two of each, into the table and gives
+// the pipes their sizes.
+func (m *Maker) adoptPipes(refs []image.Ref, low []int) error {
 	up, err := m.moveUp(low)
 	if err != nil {
 		return err
 	}
-	m.pipes[ref] = &madePipe{fd: [2]int{up[0], up[len(up)-1]}}
-	if p.Capacity == 0 {
-		return nil
+	each := len(up) / len(refs)
+	var b tracee.Batch
+	for i, ref := range refs {
+		ends := up[i*each : (i+1)*each]
+		m.pipes[ref] = &madePipe{fd: [2]int{ends[0], ends[each-1]}}
+		if size := m.head.Pipe(ref).Capacity; size != 0 {
+			b.Try(unix.SYS_FCNTL, tracee.W(ends[0]), tracee.W(unix.F_SETPIPE_SZ), tracee.W(size))
+		}
 	}
-	return m.resize(up[0], p)
+	if _, err := m.stub.Run(&b); err != nil {
+		return err
+	}
+	for i, ref := range slices.DeleteFunc(slices.Clone(refs), func(ref image.Ref) bool { return m.head.Pipe(ref).Capacity == 0 }) {
+		if b.Err(i) == nil {
+			continue
+		}
+		if err := m.resize(m.pipes[ref].fd[0], m.head.Pipe(ref)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // resize gives a pipe its size. Where pipes as large as that are not allowed here

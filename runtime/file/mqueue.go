@@ -105,6 +105,7 @@ func queueAttributes(f *os.File) (attr [8]int64, err error) {
 
 // Close releases what the set holds open.
 func (s *Set) Close() {
+	s.release()
 	for _, q := range s.queues.list {
 		_ = q.file.Close()
 	}

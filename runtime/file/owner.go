@@ -25,7 +25,7 @@ func (s *Set) readOwner(d *Description) error {
 	if d.seen.flags&unix.O_PATH != 0 {
 		return nil
 	}
-	f, err := d.seen.own()
+	f, err := d.seen.hold()
 	if err != nil {
 		return err
 	}

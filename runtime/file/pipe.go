@@ -42,7 +42,7 @@ func (s *Set) end(d *Description, path string, gone *removed) error {
 			d.Record.Removed = gone.Ref
 		}
 	}
-	f, err := d.seen.own()
+	f, err := d.seen.hold()
 	if err != nil {
 		return err
 	}
@@ -103,7 +103,7 @@ func (p *pipe) outside() error {
 	if reader != nil && writer != nil || p.record.Path != "" {
 		return nil
 	}
-	f, err := p.ends[0].seen.own()
+	f, err := p.ends[0].seen.hold()
 	if err != nil {
 		return err
 	}
@@ -154,22 +154,22 @@ func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
 
 // peek copies the buffers of the pipe into another one, which it returns the
 // reading end of (tee(2)).
-func (p *pipe) peek() (*os.File, error) {
+func (p *pipe) peek() (held, error) {
 	source, err := p.openReader()
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
 	defer source.Close()
 	out, in, err := scratchPipe(p.record.Capacity)
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
 	n, err := unix.Tee(int(source.Fd()), int(in.Fd()), int(p.record.Length), unix.SPLICE_F_NONBLOCK)
 	if err = errors.Join(err, in.Close()); err == nil && n != int64(p.record.Length) {
 		err = fmt.Errorf("tee gave %d of %d bytes", n, p.record.Length)
 	}
 	if err != nil {
-		return nil, errors.Join(err, out.Close())
+		return -1, errors.Join(err, out.Close())
 	}
 	return out, nil
 }
@@ -177,18 +177,18 @@ func (p *pipe) peek() (*os.File, error) {
 // scratchPipe makes a pipe of our own. Where pipes as large as that are not
 // allowed any more it is as large as may be, which is enough unless the other is
 // full.
-func scratchPipe(capacity uint32) (out, in *os.File, err error) {
+func scratchPipe(capacity uint32) (out, in held, err error) {
 	var ends [2]int
 	if err := unix.Pipe2(ends[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		return nil, nil, fmt.Errorf("pipe2: %w", err)
+		return -1, -1, fmt.Errorf("pipe2: %w", err)
 	}
-	out, in = os.NewFile(uintptr(ends[0]), "scratch pipe"), os.NewFile(uintptr(ends[1]), "scratch pipe")
+	out, in = held(ends[0]), held(ends[1])
 	_, err = unix.FcntlInt(in.Fd(), unix.F_SETPIPE_SZ, int(capacity))
 	if errors.Is(err, unix.EPERM) {
 		_, err = unix.FcntlInt(in.Fd(), unix.F_SETPIPE_SZ, mostPipe())
 	}
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("scratch pipe of %d bytes: %w", capacity, err), out.Close(), in.Close())
+		return -1, -1, errors.Join(fmt.Errorf("scratch pipe of %d bytes: %w", capacity, err), out.Close(), in.Close())
 	}
 	return out, in, nil
 }
@@ -251,7 +251,7 @@ func (p *pipe) findPackets() error {
 // firstBuffer takes the first buffer out of a pipe and tells how long it is and
 // whether it is a packet. The buffer twice in another pipe is read as one piece
 // unless it is one.
-func firstBuffer(from *os.File) (n int, packet bool, err error) {
+func firstBuffer(from held) (n int, packet bool, err error) {
 	const one, two = unix.PathMax, 2 * unix.PathMax // pages
 	single, in, err := scratchPipe(one)
 	if err != nil {
@@ -286,13 +286,14 @@ func firstBuffer(from *os.File) (n int, packet bool, err error) {
 
 // openReader opens the reading side; where nobody inside holds one, through
 // the link of a writer.
-func (p *pipe) openReader() (*os.File, error) {
+func (p *pipe) openReader() (held, error) {
 	for _, d := range p.ends {
 		if reads(d.seen.flags) {
-			return d.seen.own()
+			return d.seen.hold()
 		}
 	}
-	return os.OpenFile(p.ends[0].seen.path(), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	fd, err := unix.Open(p.ends[0].seen.path(), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	return held(fd), err
 }
 
 // pipeKind is one end of a pipe(2).

@@ -11,9 +11,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -32,6 +34,7 @@ type Process struct {
 	Pid   int // host; the tid of a thread with a table of its own
 	Inner int
 	Name  string // for messages
+	pidfd int    // once it is needed, and until Set.Close
 }
 
 // seen is one descriptor as /proc shows it.
@@ -56,15 +59,80 @@ const deletedSuffix = " (deleted)"
 
 // look reads one descriptor.
 func look(p *Process, fd int) (*seen, error) {
-	s := &seen{proc: p, fd: fd}
-	var err error
-	if s.link, err = os.Readlink(s.path()); err != nil {
+	l, err := newLooker(p)
+	if err != nil {
 		return nil, err
 	}
-	if err = unix.Stat(s.path(), &s.stat); err != nil {
+	defer l.Close()
+	return l.look(fd)
+}
+
+// looker reads the descriptors of a process. It works in the directories of /proc
+// about them: a path from /proc on takes longer to walk than what it leads to.
+type looker struct {
+	proc     *Process
+	fd, info *os.File
+	buf      []byte
+}
+
+func newLooker(p *Process) (l *looker, err error) {
+	l = &looker{proc: p, buf: make([]byte, 64<<10)}
+	if l.fd, err = os.Open(fmt.Sprintf("/proc/%d/fd", p.Pid)); err != nil {
 		return nil, err
 	}
-	if s.info, err = tracee.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", p.Pid, fd)); err != nil {
+	if l.info, err = os.Open(fmt.Sprintf("/proc/%d/fdinfo", p.Pid)); err != nil {
+		return nil, errors.Join(err, l.fd.Close())
+	}
+	return l, nil
+}
+
+func (l *looker) Close() {
+	_ = l.fd.Close()
+	_ = l.info.Close()
+}
+
+// share is how many descriptors are worth a thread of their own.
+const share = 256
+
+// all reads the descriptors of these names, by several threads if they are many.
+func (l *looker) all(names []string) (all []*seen, err error) {
+	threads := min(1+len(names)/share, goruntime.GOMAXPROCS(0))
+	parts := make([][]*seen, threads)
+	errs := make([]error, threads)
+	var wait sync.WaitGroup
+	for i := range threads {
+		wait.Go(func() {
+			own := looker{l.proc, l.fd, l.info, make([]byte, len(l.buf))}
+			for _, name := range names[len(names)*i/threads : len(names)*(i+1)/threads] {
+				fd, err := strconv.Atoi(name)
+				if err != nil {
+					continue
+				}
+				one, err := own.look(fd)
+				if err != nil {
+					errs[i] = err
+					return
+				}
+				parts[i] = append(parts[i], one)
+			}
+		})
+	}
+	wait.Wait()
+	return slices.Concat(parts...), errors.Join(errs...)
+}
+
+func (l *looker) look(fd int) (*seen, error) {
+	s := &seen{proc: l.proc, fd: fd}
+	name := strconv.Itoa(fd)
+	n, err := unix.Readlinkat(int(l.fd.Fd()), name, l.buf)
+	if err != nil {
+		return nil, &fs.PathError{Op: "readlink", Path: s.path(), Err: err}
+	}
+	s.link = string(l.buf[:n])
+	if err := unix.Fstatat(int(l.fd.Fd()), name, &s.stat, 0); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: s.path(), Err: err}
+	}
+	if s.info, err = tracee.ReadFileAt(int(l.info.Fd()), name, l.buf); err != nil {
 		return nil, err
 	}
 	s.pos = int64(s.number("pos", 10))
@@ -100,6 +168,43 @@ func (s *seen) pair(key string) int64 {
 // own opens the same file description in this process.
 func (s *seen) own() (*os.File, error) { return tracee.TakeFD(s.proc.Pid, s.fd) }
 
+// held is a descriptor of our own of somebody's open file, for a few calls. Of an
+// os.File package os finds out whether it can be waited for; where there are
+// hundred thousand files that takes longer than all else.
+type held int
+
+// Fd is its number.
+func (h held) Fd() uintptr { return uintptr(h) }
+
+// Close closes it.
+func (h held) Close() error { return unix.Close(int(h)) }
+
+// hold is own for a few calls.
+func (s *seen) hold() (held, error) {
+	if s.proc.pidfd == 0 {
+		fd, err := tracee.Pidfd(s.proc.Pid)
+		if err != nil {
+			return -1, err
+		}
+		s.proc.pidfd = fd
+	}
+	n, err := unix.PidfdGetfd(s.proc.pidfd, s.fd, 0)
+	if err != nil {
+		return -1, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", s.fd, s.proc.Pid, err)
+	}
+	return held(n), nil
+}
+
+// release closes what holding the files has opened.
+func (s *Set) release() {
+	for _, t := range s.tables {
+		if t.proc.pidfd != 0 {
+			_ = unix.Close(t.proc.pidfd)
+			t.proc.pidfd = 0
+		}
+	}
+}
+
 // Description is one open file description and who holds it.
 type Description struct {
 	object.Object
@@ -127,6 +232,15 @@ type Table struct {
 type entry struct {
 	seen *seen
 	desc *Description
+}
+
+// entry finds a descriptor by its number, nil if there is none.
+func (t *Table) entry(fd int) *entry {
+	i, ok := slices.BinarySearchFunc(t.entries, fd, func(e entry, fd int) int { return cmp.Compare(e.seen.fd, fd) })
+	if !ok {
+		return nil
+	}
+	return &t.entries[i]
 }
 
 // Set is every open file of a container.
@@ -204,22 +318,23 @@ func NewSet(env Env) *Set {
 
 // AddTable reads the descriptor table of a process.
 func (s *Set) AddTable(p *Process) (*Table, error) {
-	dir, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Pid))
+	l, err := newLooker(p)
+	if err != nil {
+		return nil, gone(p.Pid, err)
+	}
+	defer l.Close()
+	names, err := l.fd.Readdirnames(-1)
 	if err != nil {
 		return nil, gone(p.Pid, err)
 	}
 	t := &Table{proc: p, record: &image.Files{}}
 	t.Object = object.Object{Type: image.TypeFiles, Record: t.record, Complete: t.complete}
-	for _, e := range dir {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		one, err := look(p, fd)
-		if err != nil {
-			return nil, gone(p.Pid, err)
-		}
-		s.all = append(s.all, one)
+	all, err := l.all(names)
+	if err != nil {
+		return nil, gone(p.Pid, err)
+	}
+	s.all = append(s.all, all...)
+	for _, one := range all {
 		t.entries = append(t.entries, entry{seen: one})
 	}
 	slices.SortFunc(t.entries, func(a, b entry) int { return cmp.Compare(a.seen.fd, b.seen.fd) })
@@ -311,21 +426,48 @@ func (s *Set) describe(d *Description) error {
 	return fail.Refuse("", "this kind of file is not supported yet", "close it before the checkpoint")
 }
 
-// group sorts descriptors into open file descriptions. Those that differ in
-// inode, flags or position cannot be the same one; for the rest kcmp(2) gives
-// an order, so that sorting brings equal ones together.
-func group(all []*seen) ([][]*seen, error) {
-	var failed error
-	order := func(a, b *seen) int {
-		if c := cmp.Or(cmp.Compare(a.stat.Dev, b.stat.Dev), cmp.Compare(a.stat.Ino, b.stat.Ino), cmp.Compare(a.mnt, b.mnt),
-			cmp.Compare(a.flags&^unix.O_CLOEXEC, b.flags&^unix.O_CLOEXEC), cmp.Compare(a.pos, b.pos)); c != 0 {
-			return c
+// likeness is what two descriptors of one open file have in common, and most that
+// are of different ones have not.
+type likeness struct {
+	dev, ino uint64
+	mnt      int
+	flags    uint32
+	pos      int64
+	id       string // of an eventfd: all of them have one inode
+}
+
+func (s *seen) likeness() likeness {
+	l := likeness{s.stat.Dev, s.stat.Ino, s.mnt, s.flags &^ unix.O_CLOEXEC, s.pos, ""}
+	if s.link == eventfdLink {
+		l.id = s.field("eventfd-id")
+	}
+	return l
+}
+
+// group sorts descriptors into open file descriptions, in the order in which they
+// were met. For those that are alike kcmp(2) gives an order.
+func group(all []*seen) (groups [][]*seen, failed error) {
+	alike := map[likeness][]*seen{}
+	var met []likeness
+	for _, one := range all {
+		l := one.likeness()
+		if alike[l] == nil {
+			met = append(met, l)
 		}
+		alike[l] = append(alike[l], one)
+	}
+	order := func(a, b *seen) int {
 		c, err := kcmp(a.proc.Pid, b.proc.Pid, kcmpFile, uintptr(a.fd), uintptr(b.fd))
 		failed = errors.Join(failed, err)
 		return c
 	}
-	groups := object.Same(all, order)
+	for _, l := range met {
+		if same := alike[l]; len(same) > 1 {
+			groups = append(groups, object.Same(same, order)...)
+		} else {
+			groups = append(groups, same)
+		}
+	}
 	return groups, failed
 }
 

@@ -37,10 +37,14 @@ func (s *Set) stdioNumber(one *seen) int {
 		if i >= len(s.Stdio) || !s.engineGave(one) {
 			continue
 		}
+		// A host file may have been renamed since (a log that is rotated).
+		named := s.Stdio[i] == strings.TrimSuffix(one.link, deletedSuffix)
+		if !named && !(s.external(one) && strings.HasPrefix(one.link, "/")) {
+			continue
+		}
 		same, err := kcmp(s.Init.Pid, one.proc.Pid, kcmpFile, uintptr(i), uintptr(one.fd))
 		held := err == nil && same == 0
-		// A host file may have been renamed since (a log that is rotated).
-		if s.Stdio[i] != strings.TrimSuffix(one.link, deletedSuffix) && !(held && s.external(one) && strings.HasPrefix(one.link, "/")) {
+		if !named && !held {
 			continue
 		}
 		if held {

@@ -42,13 +42,26 @@ func RefOf(o *Object) image.Ref {
 // most are of things that are equal to one that was met before: sorting the list
 // would compare these with each other.
 func Same[T any](all []T, compare func(a, b T) int) (groups [][]T) {
+	// Groups stand in blocks, so that one more moves only those of its block.
+	const block = 512
+	blocks := [][][]T{nil}
 	for _, one := range all {
-		i, met := slices.BinarySearchFunc(groups, one, func(g []T, one T) int { return compare(g[0], one) })
+		at, met := slices.BinarySearchFunc(blocks[1:], one, func(b [][]T, one T) int { return compare(b[0][0], one) })
 		if met {
-			groups[i] = append(groups[i], one)
-		} else {
-			groups = slices.Insert(groups, i, []T{one})
+			blocks[at+1][0] = append(blocks[at+1][0], one)
+			continue
+		}
+		b := blocks[at] // the first group of the next block comes after it
+		i, met := slices.BinarySearchFunc(b, one, func(g []T, one T) int { return compare(g[0], one) })
+		if met {
+			b[i] = append(b[i], one)
+			continue
+		}
+		b = slices.Insert(b, i, []T{one})
+		if blocks[at] = b; len(b) > block {
+			blocks[at] = b[: block/2 : block/2]
+			blocks = slices.Insert(blocks, at+1, slices.Clone(b[block/2:]))
 		}
 	}
-	return groups
+	return slices.Concat(blocks...)
 }

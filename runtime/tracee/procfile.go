@@ -3,6 +3,7 @@ package tracee
 import (
 	"errors"
 	"io/fs"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,19 +12,25 @@ import (
 // of a stopped container. The package os finds out of every file it opens
 // whether it can be waited for, which takes twice as many calls as reading it.
 func ReadFile(path string) ([]byte, error) {
-	fd, err := retry(func() (int, error) { return unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	return ReadFileAt(unix.AT_FDCWD, path, make([]byte, 4096))
+}
+
+// ReadFileAt is ReadFile for a path from the directory dir, with the memory of buf,
+// of which the result keeps nothing.
+func ReadFileAt(dir int, path string, buf []byte) ([]byte, error) {
+	fd, err := retry(func() (int, error) { return unix.Openat(dir, path, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer unix.Close(fd)
-	b := make([]byte, 0, 4096)
+	b := buf[:0]
 	for {
 		n, err := retry(func() (int, error) { return unix.Read(fd, b[len(b):cap(b)]) })
 		if err != nil {
 			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
 		}
 		if b = b[:len(b)+n]; n == 0 {
-			return b, nil
+			return slices.Clone(b), nil
 		}
 		if len(b) == cap(b) {
 			b = append(b, 0)[:len(b)]

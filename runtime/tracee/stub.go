@@ -217,15 +217,19 @@ func (s *Stub) call(nr uintptr, args ...uint64) (int64, error) {
 
 // Run makes the stub run the batch and returns the ids of the tasks that it
 // cloned, in order. A failing call that is not tolerated ends the batch with a
-// *CallError.
+// *CallError. One with more calls than the service area holds runs in parts.
 func (s *Stub) Run(b *Batch) (cloned []int, err error) {
 	if len(b.Calls) == 0 {
 		return nil, nil
 	}
 	entries := s.service.mem[serviceData:]
 	dataAt := (len(b.Calls)*entrySize + 15) &^ 15
-	if dataAt+len(b.Data) > len(entries) {
-		return nil, fmt.Errorf("batch of %d calls and %d bytes is larger than the service area", len(b.Calls), len(b.Data))
+	switch {
+	case dataAt+len(b.Data) <= len(entries):
+	case len(b.Calls) > 1:
+		return s.runParts(b, len(b.Calls)/2)
+	default:
+		return nil, fmt.Errorf("batch of %d bytes is larger than the service area", len(b.Data))
 	}
 	data := s.base + serviceData + uint64(dataAt)
 	b.encode(entries, data)
@@ -247,6 +251,23 @@ func (s *Stub) Run(b *Batch) (cloned []int, err error) {
 	}
 	runtime.KeepAlive(s.service)
 	return cloned, s.failed(b, len(b.Calls)-r.left(), data)
+}
+
+// runParts runs the first calls of a batch and then the others, on the same data.
+func (s *Stub) runParts(b *Batch, first int) (cloned []int, err error) {
+	for _, bounds := range [][2]int{{0, first}, {first, len(b.Calls)}} {
+		part := Batch{Calls: b.Calls[bounds[0]:bounds[1]], Data: b.Data, fixups: b.fixups}
+		more, err := s.Run(&part)
+		cloned = append(cloned, more...)
+		var failed *CallError
+		if errors.As(err, &failed) {
+			failed.Index += bounds[0]
+		}
+		if err != nil {
+			return cloned, err
+		}
+	}
+	return cloned, nil
 }
 
 // failed finds the call that ended a batch of which made calls were made.
@@ -538,12 +559,9 @@ func (s *Stub) Take(fd int) (*os.File, error) {
 // does not lead its process may have a table of its own, which takes a pidfd of
 // the thread (PIDFD_THREAD, Linux 6.9).
 func TakeFD(tid, fd int) (*os.File, error) {
-	pidfd, err := unix.PidfdOpen(tid, 0)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		pidfd, err = unix.PidfdOpen(tid, unix.PIDFD_THREAD)
-	}
+	pidfd, err := Pidfd(tid)
 	if err != nil {
-		return nil, fmt.Errorf("pidfd of task %d: %w", tid, err)
+		return nil, err
 	}
 	defer unix.Close(pidfd)
 	n, err := unix.PidfdGetfd(pidfd, fd, 0)
@@ -551,4 +569,16 @@ func TakeFD(tid, fd int) (*os.File, error) {
 		return nil, fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", fd, tid, err)
 	}
 	return os.NewFile(uintptr(n), fmt.Sprintf("fd %d of task %d", fd, tid)), nil
+}
+
+// Pidfd opens a pidfd of a process, or of a thread that is no leader (Linux 6.9).
+func Pidfd(tid int) (int, error) {
+	pidfd, err := unix.PidfdOpen(tid, 0)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		pidfd, err = unix.PidfdOpen(tid, unix.PIDFD_THREAD)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("pidfd of task %d: %w", tid, err)
+	}
+	return pidfd, nil
 }

@@ -93,6 +93,28 @@ func TestStubRun(t *testing.T) {
 	}
 }
 
+// TestStubRunParts has a batch that the service area does not hold.
+func TestStubRunParts(t *testing.T) {
+	s := newStub(t)
+	var b Batch
+	name := b.String("far behind")
+	const n = 3 * ServiceSize / entrySize
+	for range n {
+		b.Add(unix.SYS_GETPID)
+	}
+	b.Add(unix.SYS_PRCTL, W(unix.PR_SET_NAME), name)
+	bad := b.Add(unix.SYS_READ, W(99), name, W(8))
+	b.Add(unix.SYS_GETPID)
+	_, err := s.Run(&b)
+	var failed *CallError
+	if !errors.As(err, &failed) || failed.Index != bad || failed.Errno != unix.EBADF {
+		t.Errorf("the call %d fails: %v", bad, err)
+	}
+	if b.Calls[0].Ret != 1 || b.Calls[n-1].Ret != 1 || b.Calls[n].Ret != 0 {
+		t.Errorf("calls return %d, %d, %d", b.Calls[0].Ret, b.Calls[n-1].Ret, b.Calls[n].Ret)
+	}
+}
+
 func TestStubRunFails(t *testing.T) {
 	s := newStub(t)
 	var b Batch
