@@ -123,6 +123,9 @@ func checkContainer(c *Container) error {
 		}
 		last = ns.Ref
 	}
+	if n := c.UTS; n != nil && (len(n.Hostname) > maxHostname || len(n.Domainname) > maxHostname) {
+		return fmt.Errorf("its names are longer than %d bytes", maxHostname)
+	}
 	return checkSubs(c.Subs)
 }
 

@@ -677,6 +677,7 @@ func TestBadBeginning(t *testing.T) {
 		"before the one it is in":            func(c *Container) { c.Subs = c.Subs[1:] },
 		`file "a/b" of cgroup "init.scope"`:  func(c *Container) { c.Subs[0].Files[0].Name = "a/b" },
 		"has no valid mode":                  func(c *Container) { c.Subs[0].Mode = 0o40755 },
+		"names are longer than 64 bytes":     func(c *Container) { c.UTS = &UTSNamespace{Hostname: strings.Repeat("x", 65)} },
 		"10001 cgroups":                      func(c *Container) { c.Subs = make([]SubCgroup, 10001) },
 		"has a NUL":                          func(c *Container) { c.Cgroups = map[string]string{"": "\x00"} },
 	} {

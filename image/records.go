@@ -125,8 +125,9 @@ type Container struct {
 	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
 	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
 
-	Subs []SubCgroup `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
-	Hold string      `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
+	UTS  *UTSNamespace `cbor:"41,keyasint,omitempty"` // names that the container has given itself
+	Subs []SubCgroup   `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
+	Hold string        `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
 }
 
 // SubCgroup is a cgroup below the container's own, or, with an empty Path, that

@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -326,22 +327,56 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// readNames refuses a host name that the container has given itself.
+// readNames notes the names that the container has given itself, and its label.
 func (c *container) readNames(_ *libcontainer.State, config *configs.Config) error {
-	if config.Hostname != "" && c.inodes["uts"] != 0 {
-		var name unix.Utsname
-		err := nsutil.Inside(nsutil.Path(c.initPid, "uts"), func() error { return unix.Uname(&name) })
-		if err != nil {
-			return err
-		}
-		if live := unix.ByteSliceToString(name.Nodename[:]); live != config.Hostname {
-			return fail.Refuse("host name "+live, "the container changed it from "+config.Hostname+"; that is not supported yet", "set it in the bundle")
-		}
+	if err := c.readUTS(config); err != nil {
+		return err
 	}
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", c.initPid)); err == nil {
 		c.record.LSM = strings.TrimRight(string(b), "\n\x00")
 	}
 	return nil
+}
+
+// readUTS notes a host or domain name other than the container was started with.
+func (c *container) readUTS(config *configs.Config) error {
+	c.record.UTS = nil
+	if !c.owns("uts") {
+		return nil
+	}
+	live, err := namespace.ReadUTS(nsutil.Path(c.initPid, "uts"))
+	if err != nil {
+		return goneIs(c.initPid, err)
+	}
+	given, err := givenNames(config)
+	switch {
+	case err != nil || *live == *given:
+		return err
+	case !slices.Contains(c.bounding, "CAP_SYS_ADMIN"):
+		c.warn("the host name %q or domain name %q was changed from outside, for the bundle lets no task do so: the bundle's are restored", live.Hostname, live.Domainname)
+		return nil
+	}
+	c.record.UTS = live
+	return nil
+}
+
+// givenNames are the names that a container starts with: the bundle's, or else the
+// host's.
+func givenNames(config *configs.Config) (*image.UTSNamespace, error) {
+	given, err := namespace.ReadUTS("")
+	if err != nil {
+		return nil, err
+	}
+	given.Hostname = cmp.Or(config.Sysctl["kernel.hostname"], config.Hostname, given.Hostname)
+	given.Domainname = cmp.Or(config.Sysctl["kernel.domainname"], config.Domainname, given.Domainname)
+	return given, nil
+}
+
+// owns reports a namespace that is the container's alone.
+func (c *container) owns(kind string) bool {
+	return !slices.ContainsFunc(c.record.Namespaces, func(n image.Namespace) bool {
+		return n.Type == kind && (n.Host || n.Path != "")
+	})
 }
 
 // lookAgain repeats, at the stop, the checks that what runs can invalidate.

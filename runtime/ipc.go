@@ -19,16 +19,9 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/sysv"
 )
 
-// ownIPC reports an ipc namespace that is the container's alone.
-func (c *container) ownIPC() bool {
-	return !slices.ContainsFunc(c.record.Namespaces, func(n image.Namespace) bool {
-		return n.Type == "ipc" && (n.Host || n.Path != "")
-	})
-}
-
 // scanQueues reads the POSIX message queues of the container.
 func (n *census) scanQueues(c *container) error {
-	if !c.ownIPC() {
+	if !c.owns("ipc") {
 		return nil
 	}
 	var dir *os.File
@@ -45,7 +38,7 @@ func (n *census) scanQueues(c *container) error {
 
 // scanIPC reads the System V objects of the container.
 func (n *census) scanIPC(c *container) error {
-	if !c.ownIPC() {
+	if !c.owns("ipc") {
 		n.ipc = &sysv.Set{}
 		return nil
 	}
@@ -137,7 +130,7 @@ func (r *restore) makeIPC() error {
 	if !r.ipc.Needed() {
 		return nil
 	}
-	if !r.made.ownIPC() {
+	if !r.made.owns(configs.NEWIPC) {
 		return fail.Refuse("System V ipc", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
 	}
 	ns := nsutil.Path(r.made.stub.Pid, "ipc")
@@ -163,7 +156,7 @@ func (r *restore) allowQueues() error {
 	if !slices.ContainsFunc(file.Refs(r.head), func(ref image.Ref) bool { return r.head.Mqueue(ref) != nil }) {
 		return nil
 	}
-	if !r.made.ownIPC() {
+	if !r.made.owns(configs.NEWIPC) {
 		return fail.Refuse("POSIX message queues", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
 	}
 	hard, err := r.made.grants.hardLimit(unix.RLIMIT_MSGQUEUE)
@@ -176,7 +169,7 @@ func (r *restore) allowQueues() error {
 	return nil
 }
 
-// ownIPC reports an ipc namespace that is the new container's alone.
-func (m *made) ownIPC() bool {
-	return m.config.Namespaces.Contains(configs.NEWIPC) && m.config.Namespaces.PathOf(configs.NEWIPC) == ""
+// owns reports a namespace that is the new container's alone.
+func (m *made) owns(kind configs.NamespaceType) bool {
+	return m.config.Namespaces.Contains(kind) && m.config.Namespaces.PathOf(kind) == ""
 }

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/forest"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -268,4 +270,22 @@ func (r *restore) finishWritersLast() {
 		return
 	}
 	slices.SortStableFunc(r.head.Tasks, func(a, b *image.Task) int { return r.forked[int(b.Pid)] - r.forked[int(a.Pid)] })
+}
+
+// restoreNames gives the container the names that it had given itself. Its bundle
+// and state go on saying what it was started with.
+func (r *restore) restoreNames() error {
+	n := r.head.Container.UTS
+	if n == nil {
+		return nil
+	}
+	what := fmt.Sprintf("host name %s (domain %s)", n.Hostname, n.Domainname)
+	if !r.made.owns(configs.NEWUTS) {
+		return fail.Refuse(what, "the container has given itself that, and the bundle gives it no uts namespace of its own", "restore with the bundle of the checkpoint")
+	}
+	if !r.made.grants.has(unix.CAP_SYS_ADMIN) {
+		return fail.Refuse(what, "the container has given itself that, which takes CAP_SYS_ADMIN, and the bundle does not give it", "add it to the bundle's bounding set if names may be changed")
+	}
+	_, err := r.maker.AsBundle(func(b *tracee.Batch) { namespace.SetUTS(b, n) })
+	return fail.On(what, err)
 }

@@ -274,6 +274,9 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.makeNetwork(); err != nil {
 		return err
 	}
+	if err := r.restoreNames(); err != nil {
+		return err
+	}
 	if err := r.makeTmpfs(); err != nil {
 		return err
 	}

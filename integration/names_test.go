@@ -1,0 +1,40 @@
+package integration
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// TestHostName changes the names of a container from inside, and from outside.
+func TestHostName(t *testing.T) {
+	c := treeContainer(t, withCapabilities("CAP_SYS_ADMIN"))
+	c.exec("sh", "-c", "hostname renamed; echo -n example.org >/proc/sys/kernel/domainname || true")
+	want := c.exec("sh", "-c", "hostname; cat /proc/sys/kernel/domainname")
+	if !strings.HasPrefix(want, "renamed\n") {
+		t.Fatalf("the names are %q", want)
+	}
+	cycle(c, 2)
+	if got := c.exec("sh", "-c", "hostname; cat /proc/sys/kernel/domainname"); got != want {
+		t.Fatalf("the names are %q, not %q", got, want)
+	}
+	c.checkpoint()
+	c.mustBeGone()
+	c.refusesBundles(t, map[string][3]string{
+		"capability": {`"CAP_SYS_ADMIN"`, `"CAP_SYS_NICE"`, "CAP_SYS_ADMIN"},
+		"namespace":  {`"type": "uts"`, `"type": "cgroup"`, "UTS namespace"},
+	})
+	c.restore()
+
+	c = treeContainer(t)
+	pid := c.state().Pid
+	c.must(run("nsenter", "-t", fmt.Sprint(pid), "-u", "hostname", "outside"))
+	if said := c.checkpoint().stderr; !strings.Contains(said, "changed from outside") {
+		t.Errorf("no warning: %s", said)
+	}
+	c.mustBeGone()
+	c.restore()
+	if got := c.exec("hostname"); got != c.id+"\n" {
+		t.Errorf("the name is %q, not the bundle's", got)
+	}
+}
