@@ -246,6 +246,14 @@ func (f *forge) full(t testing.TB) {
 }
 
 // TestBadObjects damages one record of the sample's head at a time.
+// connectionRecord is an established connection with something wrong.
+func connectionRecord(damage func(s *Socket)) File {
+	address := make([]byte, 16)
+	s := &Socket{Family: afInet, Type: 1, Protocol: 6, Address: address, TCP: &TCP{State: 1, Peer: address, Send: Stream{Bytes: 1}}}
+	damage(s)
+	return File{Kind: KindSocket, Socket: s}
+}
+
 func TestBadObjects(t *testing.T) {
 	for _, c := range []struct {
 		want   string
@@ -279,6 +287,15 @@ func TestBadObjects(t *testing.T) {
 			f.Epoll = &Epoll{Entries: []EpollEntry{{FD: 3, File: refPipe}}}
 			return true
 		})},
+		{"a socket that can have none", instead(connectionRecord(func(s *Socket) { s.Family = afUnix }))},
+		{"a socket that can have none", instead(connectionRecord(func(s *Socket) { s.Protocol = 17 }))},
+		{"a socket that can have none", instead(connectionRecord(func(s *Socket) { s.Listening = true }))},
+		{"in state 10", instead(connectionRecord(func(s *Socket) { s.TCP.State = 10 }))},
+		{"addresses of 16 and 3 bytes", instead(connectionRecord(func(s *Socket) { s.TCP.Peer = s.TCP.Peer[:3] }))},
+		{"addresses of 0 and 16 bytes", instead(connectionRecord(func(s *Socket) { s.Address = nil }))},
+		{"2 of them unsent", instead(connectionRecord(func(s *Socket) { s.TCP.Unsent = 2 }))},
+		{"queues of 4294967295", instead(connectionRecord(func(s *Socket) { s.TCP.Receive.Bytes = 1<<32 - 1 }))},
+		{"window scales 15", instead(connectionRecord(func(s *Socket) { s.TCP.SendScale = 15 }))},
 		{"a pidfd without a task", instead(File{Kind: KindPidfd})},
 		{"without a number", instead(File{Kind: KindPidfd, Gone: &Gone{}})},
 		{"one that is there too", instead(File{Kind: KindPidfd, Pid: 1, Gone: &Gone{Number: 1}})},

@@ -92,8 +92,9 @@ func TestTargets(t *testing.T) {
 	for want, s := range map[string]*Socket{
 		"inet6 stream listening [::1]:80": {Family: afInet6, Type: 1, Listening: true, Address: v6},
 		"unix dgram /run/x":               {Family: afUnix, Type: 2, Path: "/run/x"},
-		"netlink raw":                     {Family: afNetlink, Type: 3},
-		"family 77":                       {Family: 77},
+		"inet6 stream [::1]:80 to [::1]:80 state 4, 5 bytes to read, 0 to send": {Family: afInet6, Type: 1, Address: v6, TCP: &TCP{State: 4, Peer: v6, Receive: Stream{Bytes: 5}}},
+		"netlink raw": {Family: afNetlink, Type: 3},
+		"family 77":   {Family: 77},
 	} {
 		if got := socketTarget(s); got != want {
 			t.Errorf("%q, want %q", got, want)

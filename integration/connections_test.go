@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -486,6 +488,50 @@ func TestConnectionChoices(t *testing.T) {
 			t.Errorf("%d connections are left", established(c.state().Pid))
 		}
 	})
+}
+
+// TestManyConnections keeps as many as OCICKPT_TEST_CONNECTIONS says.
+func TestManyConnections(t *testing.T) {
+	count, err := strconv.Atoi(cmp.Or(os.Getenv("OCICKPT_TEST_CONNECTIONS"), "500"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNetwork(t, false)
+	c := newContainer(t, withReport("connections"), withArgs("/bin/connections", "many"), withNofile(), n.join(false)).run()
+	c.progress(5)
+	var peers []*peer
+	for i := range count {
+		peers = append(peers, n.dial(t, []string{insideV4, insideV6}[i%2], "x"))
+	}
+	all := func() {
+		t.Helper()
+		for i, p := range peers {
+			p.echoes(t, fmt.Sprintf("x%d", i)[1:])
+		}
+	}
+	for _, p := range peers {
+		p.SetDeadline(time.Now().Add(patience))
+		if _, err := io.ReadFull(p, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all()
+	c.checkpoint("--tcp-established")
+	c.mustBeGone()
+	r := c.restore("--tcp-established")
+	t.Logf("restored in %v", r.took)
+	all()
+	c.progress(5)
+	n.noReset(t)
+}
+
+// withNofile lets processes have as many descriptors as this one could.
+func withNofile() option {
+	return func(c *container, spec *specs.Spec) {
+		var limit unix.Rlimit
+		c.must(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+		spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: limit.Max, Soft: limit.Max}}
+	}
 }
 
 // TestRedisTransaction leaves a client in the middle of a transaction.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -37,6 +38,7 @@ type container struct {
 	screen *screen // where its terminal is shown, if it has one
 	// threadsVary: the program starts and ends threads as it goes.
 	threadsVary bool
+	flags       []string // of every checkpoint
 	// gone is closed when the init process that runs now has been reaped;
 	// status is its wait status then.
 	gone   chan struct{}
@@ -87,6 +89,11 @@ func withTmpfs(point string) option {
 		c.must(os.MkdirAll(filepath.Join(c.rootfs(), point), 0o755))
 		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: point, Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=755"}})
 	}
+}
+
+// withConnections keeps connections of TCP.
+func withConnections() option {
+	return func(c *container, _ *specs.Spec) { c.flags = []string{"--tcp-established"} }
 }
 
 func withVaryingThreads() option {
@@ -425,7 +432,7 @@ func (c *container) image() string    { return filepath.Join(c.dir, fmt.Sprintf(
 // that does not work.
 func (c *container) checkpoint(flags ...string) result {
 	c.t.Helper()
-	args := append([]string{"checkpoint", "--image-path", c.newImage()}, flags...)
+	args := slices.Concat([]string{"checkpoint", "--image-path", c.newImage()}, c.flags, flags)
 	r := c.ocickpt(append(args, c.id)...)
 	if r.code != 0 {
 		c.t.Fatalf("checkpoint: exit status %d\n%s", r.code, r.stderr)

@@ -31,7 +31,7 @@ func TestJourney(t *testing.T) {
 func TestJourneyCgroupV2(t *testing.T) {
 	onCgroupV2(t, func(t *testing.T) {
 		for _, p := range programs {
-			if slices.Contains([]string{"tree", "threads", "sleepers", "vfork"}, p.name) {
+			if slices.Contains([]string{"tree", "threads", "sleepers", "vfork", "connections"}, p.name) {
 				t.Run(p.name, func(t *testing.T) { p.journey(t) })
 			}
 		}

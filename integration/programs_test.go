@@ -64,6 +64,7 @@ var programs = []program{
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
 	{name: "descriptors", options: []option{withHostPrograms(), withArgs("/out/bin/descriptors")}},
+	{name: "connections", loopback: true, options: []option{withArgs("/bin/connections"), withConnections()}},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),
 	}},
@@ -84,6 +85,7 @@ var mapped = []program{
 	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
 	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
+	{name: "connections", loopback: true, options: []option{withUserNamespace(), withArgs("/bin/connections"), withConnections()}},
 	{name: "sysv", options: []option{withUserNamespace(), withArgs("/bin/sysv")}},
 	{name: "mqueues", options: []option{withUserNamespace(), withArgs("/bin/mqueues")}},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},

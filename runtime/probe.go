@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
@@ -83,6 +84,8 @@ func features() []probe {
 		{ProbeResult: feature("openat2 RESOLVE_IN_ROOT", "5.6", required, "no checkpoint: paths inside the container"), here: probeOpenat2},
 		{ProbeResult: feature("unix_diag", "3.3", false, "listening unix sockets are refused"), here: probeUnixDiag},
 		{ProbeResult: feature("SO_BUF_LOCK", "5.15", false, "sizes that programs gave to socket buffers are lost"), here: probeBufLock},
+		{ProbeResult: feature("TCP_REPAIR_WINDOW", "4.8", false, "connections of TCP cannot be kept"), here: sock.ProbeRepair},
+		{ProbeResult: feature("nf_tables", "3.13", false, "connections of TCP cannot be kept but with --leave-running"), here: sock.ProbeHold},
 		{ProbeResult: feature("clone3 set_tid", "5.5", required, "no restore: pids"), in: (*probeTask).probeSetTid},
 		{ProbeResult: feature("time namespace", "5.6", false, "CLOCK_MONOTONIC and CLOCK_BOOTTIME jump at a restore"), in: (*probeTask).probeTimeNamespace},
 		{ProbeResult: feature("ARCH_MAP_VDSO_64", "4.8", required, "no restore: the vdso's address"), in: (*probeTask).probeMapVDSO},

@@ -164,7 +164,7 @@ func readConnection(fd int, s *image.Socket) (content []byte, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("SIOCINQ: %w", err)
 	}
-	received, err := peek(fd, waiting)
+	received, err := peekFromStart(fd, waiting)
 	if err != nil {
 		return nil, fmt.Errorf("what waits to be read: %w", err)
 	}
@@ -208,11 +208,27 @@ func readShut(fd int, t *image.TCP) error {
 	switch {
 	case fds[0].Revents&unix.POLLPRI != 0:
 		return fail.Refuse("", "urgent data (MSG_OOB) waits to be read, and no call puts it back", "let the program read it")
+	case t.State != tcpClose && fds[0].Revents&unix.POLLERR != 0:
+		return fail.Refuse("", "its error queue (MSG_ERRQUEUE) holds something, and no call puts it back", "let the program read it")
 	case t.State == tcpClose && fds[0].Revents&unix.POLLERR != 0:
 		t.Error = int32(unix.ECONNRESET)
 	}
 	t.ShutRead = t.State != tcpClose && !finReceived(t.State) && fds[0].Revents&unix.POLLRDHUP != 0
 	return nil
+}
+
+// peekFromStart is peek for a queue that the program may look at from elsewhere
+// (SO_PEEK_OFF of socket(7), which TCP has since Linux 6.9).
+func peekFromStart(fd, n int) (data []byte, err error) {
+	offset, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
+	if err != nil || offset < 0 {
+		return peek(fd, n)
+	}
+	if err := setInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, -1); err != nil {
+		return nil, err
+	}
+	data, err = peek(fd, n)
+	return data, errors.Join(err, setInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, offset))
 }
 
 // peek reads n bytes, or all there are, of the queue that is chosen, and leaves them there.
@@ -234,11 +250,10 @@ func readRepaired(fd int, t *image.TCP) ([]byte, error) {
 	if err := fault.Point("tcp.read"); err != nil {
 		return nil, err
 	}
-	window, err := get(fd, unix.SOL_TCP, unix.TCP_REPAIR_WINDOW, make([]byte, unsafe.Sizeof(t.Window)))
-	if err != nil || len(window) != int(unsafe.Sizeof(t.Window)) {
-		return nil, fmt.Errorf("TCP_REPAIR_WINDOW: %d bytes, %w", len(window), err)
+	var err error
+	if t.Window, err = readWindow(fd); err != nil {
+		return nil, err
 	}
-	t.Window = *(*[5]uint32)(unsafe.Pointer(&window[0]))
 	for _, one := range []struct {
 		option int
 		to     *uint32
@@ -274,6 +289,16 @@ func readRepaired(fd int, t *image.TCP) ([]byte, error) {
 	t.Unsent = min(uint32(unsent), t.Send.Bytes)
 	t.Send.Seq = last - t.Send.Bytes - one(finSent(t.State))
 	return sent, setInt(fd, unix.SOL_TCP, unix.TCP_REPAIR_QUEUE, noQueue)
+}
+
+// readWindow reads struct tcp_repair_window.
+func readWindow(fd int) (window [5]uint32, err error) {
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(&window[0])), unsafe.Sizeof(window))
+	got, err := get(fd, unix.SOL_TCP, unix.TCP_REPAIR_WINDOW, raw)
+	if err == nil && len(got) != len(raw) {
+		err = fmt.Errorf("TCP_REPAIR_WINDOW: %d bytes", len(got))
+	}
+	return window, err
 }
 
 const siocOutqNsd = 0x894b // SIOCOUTQNSD: bytes not sent yet

@@ -12,26 +12,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
-	"github.com/ocickpt/ocickpt/nsutil"
 )
 
 // inNewNetwork runs f in a network namespace of its own with nothing but loopback.
 func inNewNetwork(t *testing.T, f func(netns string)) {
 	t.Helper()
-	err := nsutil.Inside("", func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return err
-		}
+	must(t, inOwnNetwork(func(netns string) error {
 		lo, err := netlink.LinkByName("lo")
 		if err == nil {
 			err = netlink.LinkSetUp(lo)
 		}
 		if err == nil {
-			f(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()))
+			f(netns)
 		}
 		return err
-	})
-	must(t, err)
+	}))
 }
 
 // tcpPair makes a connection over loopback.

@@ -169,10 +169,8 @@ func (in *Inside) readPeer(fd int, inode uint64, s *image.Socket) (err error) {
 }
 
 const (
-	solMPTCP          = 284 // SOL_MPTCP
-	mptcpInfo         = 1   // MPTCP_INFO
-	mptcpInfoFlags    = 8   // offset of mptcpi_flags in struct mptcp_info
-	mptcpInfoFallback = 1   // MPTCP_INFO_FLAG_FALLBACK
+	solMPTCP  = 284 // SOL_MPTCP
+	mptcpInfo = 1   // MPTCP_INFO
 )
 
 // mptcpUnused refuses MPTCP sockets with a peer. (Those that a listener has accepted
@@ -181,8 +179,9 @@ func mptcpUnused(fd int, state uint8) error {
 	if _, err := peerAddress(fd); errors.Is(err, unix.ENOTCONN) && state == tcpClose {
 		return nil
 	}
-	info, err := get(fd, solMPTCP, mptcpInfo, make([]byte, mptcpInfoFlags+4))
-	if err == nil && len(info) == mptcpInfoFlags+4 && info[mptcpInfoFlags]&mptcpInfoFallback != 0 {
+	// One that has fallen back takes the options of TCP only (mptcp_getsockopt in
+	// net/mptcp/sockopt.c).
+	if info, err := get(fd, solMPTCP, mptcpInfo, make([]byte, 8)); err == nil && info == nil {
 		return fail.Refuse("", "it is a socket of MPTCP whose connection has fallen back to TCP: the kernel has no TCP_REPAIR for it", "close it, or let the program connect by TCP (GODEBUG=multipathtcp=0)")
 	}
 	return fail.Refuse("", "it is a connection of MPTCP, for which the kernel has no TCP_REPAIR", "close it, or let the program connect by TCP (GODEBUG=multipathtcp=0)")

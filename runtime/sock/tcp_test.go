@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -88,5 +89,54 @@ func TestMPTCPListener(t *testing.T) {
 	must(t, err)
 	if got.Protocol != ipprotoMPTCP || got.Backlog != 23 || !got.Listening {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestMPTCPConnections refuses what TCP_REPAIR does not know, and takes what has
+// fallen back to TCP at a listener's.
+func TestMPTCPConnections(t *testing.T) {
+	inNewNetwork(t, func(netns string) {
+		for _, server := range []int{ipprotoMPTCP, unix.IPPROTO_TCP} {
+			l := open(t, unix.AF_INET, unix.SOCK_STREAM, server)
+			must(t, unix.Bind(fd(l), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+			must(t, unix.Listen(fd(l), 1))
+			at, err := unix.Getsockname(fd(l))
+			must(t, err)
+			for _, client := range []int{ipprotoMPTCP, unix.IPPROTO_TCP} {
+				c := open(t, unix.AF_INET, unix.SOCK_STREAM, client)
+				must(t, unix.Connect(fd(c), at))
+				n, _, err := unix.Accept(fd(l))
+				must(t, err)
+				accepted := os.NewFile(uintptr(n), "accepted")
+				defer accepted.Close()
+				for f, own := range map[*os.File]int{c: client, accepted: server} {
+					in := &Inside{NetNS: netns, Choices: Choices{Established: true}}
+					_, err := Read(in, f, 0)
+					want := map[bool]string{true: "fallen back", false: "a connection of MPTCP"}[client != server]
+					if protocol, e := number(fd(f), unix.SOL_SOCKET, unix.SO_PROTOCOL); e != nil || protocol == unix.IPPROTO_TCP {
+						if err != nil {
+							t.Errorf("a connection of TCP: %v", err)
+						}
+					} else if err == nil || !strings.Contains(err.Error(), want) {
+						t.Errorf("%d of %d and %d: %v, want %q", own, client, server, err, want)
+					}
+				}
+			}
+		}
+	})
+}
+
+// TestInFlight tells how many connections nobody has accepted.
+func TestInFlight(t *testing.T) {
+	l, at := listening(t, unix.AF_INET, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}, 5)
+	for range 2 {
+		must(t, unix.Connect(fd(open(t, unix.AF_INET, unix.SOCK_STREAM, 0)), at))
+	}
+	refused(t, l, "2 connections to 127.0.0.1:")
+	var warned string
+	in := here()
+	in.SkipInFlight, in.Warn = true, func(format string, args ...any) { warned += format }
+	if s, err := Read(in, l, 0); err != nil || !s.Listening || !strings.Contains(warned, "they are reset") {
+		t.Errorf("%+v, %v, %q", s, err, warned)
 	}
 }

@@ -1,6 +1,7 @@
 /*
- * connections [alone] - a server of TCP, a thread a connection, and a client of its
- * own over loopback, unless it is to be alone. What a client wants it says with its first byte:
+ * connections [alone|many] - a server of TCP, a thread a connection, and a client of
+ * its own over loopback, unless it is to be alone; or processes with many connections
+ * each, which all echo. What a client wants it says with its first byte:
  *
  *   D  a stream of numbers, for as long as the client takes it
  *   U  to send such a stream; at its end it gets the count of them
@@ -15,6 +16,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/epoll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -152,6 +154,84 @@ static void *accept_all(void *arg)
 	return NULL;
 }
 
+/* What a connection knows of itself must stay. */
+static struct sockaddr_in self_name, self_peer;
+static struct tcp_info self_info;
+
+static void read_self(int fd, struct sockaddr_in *name, struct sockaddr_in *peer,
+		      struct tcp_info *info)
+{
+	socklen_t size = sizeof(*name);
+
+	memset(info, 0, sizeof(*info));
+	need(!getsockname(fd, (void *)name, &size));
+	size = sizeof(*peer);
+	need(!getpeername(fd, (void *)peer, &size));
+	size = sizeof(*info);
+	need(!getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size));
+}
+
+static void note_self(int fd)
+{
+	int on = 1, idle = 77;
+
+	need(!setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)));
+	need(!setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)));
+	need(!setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle)));
+	read_self(fd, &self_name, &self_peer, &self_info);
+}
+
+static void check_self(int fd)
+{
+	struct sockaddr_in name, peer;
+	struct tcp_info info;
+	int value = 0;
+	socklen_t size = sizeof(value);
+
+	read_self(fd, &name, &peer, &info);
+	need(!memcmp(&name, &self_name, sizeof(name)));
+	need(!memcmp(&peer, &self_peer, sizeof(peer)));
+	need(info.tcpi_state == TCP_ESTABLISHED);
+	need((info.tcpi_options & 7) == (self_info.tcpi_options & 7));
+	need(info.tcpi_snd_wscale == self_info.tcpi_snd_wscale);
+	need(info.tcpi_rcv_wscale == self_info.tcpi_rcv_wscale);
+	need(!getsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &value, &size) && value);
+	need(!getsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &value, &size) && value == 1);
+	need(!getsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &value, &size) && value);
+	need(!getsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &value, &size) && value == 77);
+}
+
+/* serve_many echoes what comes through any of its connections. */
+static void serve_many(int listener)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLEXCLUSIVE };
+	int epfd = epoll_create1(0), fd;
+	char buf[4096];
+	ssize_t n;
+
+	need(epfd >= 0);
+	event.data.fd = listener;
+	need(!epoll_ctl(epfd, EPOLL_CTL_ADD, listener, &event));
+	for (;;) {
+		need(epoll_wait(epfd, &event, 1, -1) == 1);
+		fd = event.data.fd;
+		if (fd == listener) {
+			fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
+			if (fd < 0)
+				continue; /* another one has it */
+			event.events = EPOLLIN;
+			event.data.fd = fd;
+			need(!epoll_ctl(epfd, EPOLL_CTL_ADD, fd, &event));
+			continue;
+		}
+		n = read(fd, buf, sizeof(buf));
+		if (n > 0)
+			write_all(fd, buf, n);
+		else if (n == 0 || errno != EAGAIN)
+			close(fd);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	struct sockaddr_in6 at = { .sin6_family = AF_INET6 };
@@ -169,12 +249,19 @@ int main(int argc, char **argv)
 	need(!setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)));
 	need(!bind(listener, (void *)&at, sizeof(at)));
 	need(!listen(listener, 128));
+	if (argc > 1 && !strcmp(argv[1], "many")) {
+		need(!fcntl(listener, F_SETFL, O_NONBLOCK));
+		for (int i = 0; i < 4; i++)
+			if (!fork())
+				serve_many(listener);
+		for (;; doze(5 * MS))
+			tick();
+	}
 	need(!pthread_create(&thread, NULL, accept_all,
 			     (void *)(intptr_t)listener));
 	if (argc > 1)
 		for (;; doze(5 * MS))
 			tick();
-	(void)argv;
 	/* Loopback comes up when the harness has found us. */
 	here.sin_port = htons(PORT);
 	here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
@@ -185,7 +272,9 @@ int main(int argc, char **argv)
 	}
 	need(!setsockopt(self, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
 	write_all(self, "E", 1);
+	note_self(self);
 	for (;;) {
+		check_self(self);
 		int size = snprintf(line, sizeof(line), "round %lu\n", round_no);
 
 		write_all(self, line, size);
