@@ -215,65 +215,6 @@ func (b *builder) checkInotify(n *Inotify) error {
 	return nil
 }
 
-func checkSocket(s *Socket) error {
-	const maxSockaddr, maxOption = 128, 64 << 10 // sizeof(struct sockaddr_storage)
-	if len(s.Address) > maxSockaddr {
-		return fmt.Errorf("socket address of %d bytes", len(s.Address))
-	}
-	if s.TCP != nil {
-		if err := checkTCP(s); err != nil {
-			return err
-		}
-	}
-	for _, o := range s.Options {
-		if len(o.Value) > maxOption {
-			return fmt.Errorf("socket option %d/%d of %d bytes", o.Level, o.Name, len(o.Value))
-		}
-	}
-	return nil
-}
-
-// checkTCP checks what the reader of a connection depends on; the rest is for the
-// kernel to refuse.
-func checkTCP(s *Socket) error {
-	const (
-		stream, tcp = 1, 6
-		closed      = 7       // TCP_CLOSE
-		maxQueue    = 1 << 30 // the kernel's own limit on a window
-	)
-	sizes := map[int32]int{afInet: 16, afInet6: 28} // of struct sockaddr_in and _in6
-	t, size := s.TCP, sizes[s.Family]
-	switch {
-	case size == 0 || s.Type != stream || s.Protocol != tcp || s.Listening:
-		return errors.New("a connection of a socket that can have none")
-	case !slices.Contains([]uint8{1, 2, 4, 5, closed, 8, 9, 11}, t.State):
-		return fmt.Errorf("a connection in state %d", t.State)
-	case t.State != closed && (len(t.Peer) != size || len(s.Address) != size):
-		return fmt.Errorf("a connection with addresses of %d and %d bytes", len(s.Address), len(t.Peer))
-	case t.Receive.Bytes > maxQueue || t.Send.Bytes > maxQueue || t.Unsent > t.Send.Bytes:
-		return fmt.Errorf("queues of %d and %d bytes, %d of them unsent", t.Receive.Bytes, t.Send.Bytes, t.Unsent)
-	case t.SendScale > 14 || t.ReceiveScale > 14:
-		return fmt.Errorf("window scales %d and %d", t.SendScale, t.ReceiveScale)
-	}
-	return nil
-}
-
-// Connection names the ends of a connection for messages.
-func (s *Socket) Connection() string {
-	if s.TCP.Peer == nil {
-		return "that has ended, of " + socketAddress(s.Family, s.Address, "")
-	}
-	return socketAddress(s.Family, s.Address, "") + " to " + socketAddress(s.Family, s.TCP.Peer, "")
-}
-
-// queued is how many bytes of a connection are in the contents.
-func (s *Socket) queued() uint64 {
-	if s == nil || s.TCP == nil {
-		return 0
-	}
-	return uint64(s.TCP.Receive.Bytes) + uint64(s.TCP.Send.Bytes)
-}
-
 func (b *builder) checkFiles(f *Files) error {
 	seen := make(map[int32]bool, len(f.Descriptors))
 	for _, d := range f.Descriptors {
@@ -414,6 +355,11 @@ func (b *builder) bytes(ref Ref, offset, n uint64) error {
 		size = o.Bytes()
 		if offset != next {
 			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
+		}
+	case *Queue:
+		size = o.Bytes()
+		if offset != next {
+			return fmt.Errorf("bytes of queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
 		}
 	case *Pty:
 		size = o.unread()

@@ -14,7 +14,7 @@ type Head struct {
 	Container Container
 	Tree      Tree
 	Tasks     []*Task     // in the order of the stream
-	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages, *Mqueue, *Network
+	Objects   map[Ref]any // *File, *Files, *FS, *Pipe, *Pty, *Inode, *Removed, *MM, *Shmem, *Sighand, *Namespace, *NestedNamespace, *SemSet, *Messages, *Mqueue, *Network, *Connection, *Queue
 
 	tasks     map[int32]*Task
 	networks  map[Ref]*Network   // by namespace
@@ -110,6 +110,7 @@ type builder struct {
 	mqueues  map[queueName]bool        // that are taken
 	keys     map[string]bool           // of open files that are left out
 	subs     map[[2]string]bool        // cgroups that tasks have made, by hierarchy and path
+	sockets  socketsSeen
 }
 
 func newBuilder() *builder {
@@ -125,6 +126,7 @@ func newBuilder() *builder {
 		mqueues:  map[queueName]bool{},
 		keys:     map[string]bool{},
 		subs:     map[[2]string]bool{},
+		sockets:  socketsSeen{peer: map[Ref]bool{}, queue: map[Ref]bool{}},
 	}
 }
 
@@ -232,6 +234,10 @@ func (b *builder) check(v any) error {
 		return checkSighand(v)
 	case *Network:
 		return b.checkNetwork(v)
+	case *Connection:
+		return b.checkConnection(v)
+	case *Queue:
+		return b.checkQueue(v)
 	}
 	return nil
 }
@@ -280,6 +286,9 @@ func (b *builder) keep(ref Ref, v any) {
 		b.keepMqueue(v)
 	case *Network:
 		b.Objects[ref], b.networks[v.Namespace] = v, v
+	case *Connection, *Queue:
+		b.Objects[ref] = v
+		b.keepSocket(v)
 	case *Trailer, *Error:
 	default:
 		b.Objects[ref] = v
@@ -316,6 +325,9 @@ func (b *builder) finish() error {
 		}
 		if q, ok := o.(*Mqueue); ok && b.progress[ref] != q.Bytes() {
 			return fmt.Errorf("message queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
+		}
+		if q, ok := o.(*Queue); ok && b.progress[ref] != q.Bytes() {
+			return fmt.Errorf("queue #%d holds %d bytes, the image has %d of them", ref, q.Bytes(), b.progress[ref])
 		}
 		if p, ok := o.(*Pty); ok && b.progress[ref] != p.unread() {
 			return fmt.Errorf("terminal #%d holds %d bytes, the image has %d of them", ref, p.unread(), b.progress[ref])

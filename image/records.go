@@ -28,29 +28,31 @@ type Type uint32
 
 // Record types in the order in which they may stand in a stream.
 const (
-	TypeHeader    Type = 1
-	TypeArch      Type = 2
-	TypeContainer Type = 3
-	TypeTree      Type = 101
-	TypeTask      Type = 102
-	TypeNetwork   Type = 103
-	TypeFile      Type = 301
-	TypeFiles     Type = 302
-	TypeFS        Type = 303
-	TypePipe      Type = 304
-	TypePty       Type = 305
-	TypeInode     Type = 306
-	TypeRemoved   Type = 307
-	TypeMM        Type = 401
-	TypeShmem     Type = 402
-	TypePages     Type = 403
-	TypeBytes     Type = 404
-	TypeSemSet    Type = 501
-	TypeMessages  Type = 502
-	TypeMqueue    Type = 503
-	TypeSighand   Type = 601
-	TypeTrailer   Type = 9001
-	TypeError     Type = 9999
+	TypeHeader     Type = 1
+	TypeArch       Type = 2
+	TypeContainer  Type = 3
+	TypeTree       Type = 101
+	TypeTask       Type = 102
+	TypeNetwork    Type = 103
+	TypeFile       Type = 301
+	TypeFiles      Type = 302
+	TypeFS         Type = 303
+	TypePipe       Type = 304
+	TypePty        Type = 305
+	TypeInode      Type = 306
+	TypeRemoved    Type = 307
+	TypeMM         Type = 401
+	TypeShmem      Type = 402
+	TypePages      Type = 403
+	TypeBytes      Type = 404
+	TypeSemSet     Type = 501
+	TypeMessages   Type = 502
+	TypeMqueue     Type = 503
+	TypeSighand    Type = 601
+	TypeConnection Type = 701
+	TypeQueue      Type = 702
+	TypeTrailer    Type = 9001
+	TypeError      Type = 9999
 )
 
 // Header opens the stream.
@@ -803,7 +805,8 @@ type Watch struct {
 	Object Ref    `cbor:"4,keyasint,omitempty"` // the file, where it has no path: a Removed or a File
 }
 
-// Socket is a socket; for now a listening or an unconnected, unused one.
+// Socket is a socket. How sockets of the container are connected to each other
+// stands in Connection records, what is unread in them in Queue records.
 type Socket struct {
 	Family    int32       `cbor:"1,keyasint"`
 	Type      int32       `cbor:"2,keyasint"`
@@ -816,7 +819,55 @@ type Socket struct {
 	Mode      uint32      `cbor:"9,keyasint,omitempty"` // unix: that file's mode
 	UID       uint32      `cbor:"10,keyasint,omitempty"`
 	GID       uint32      `cbor:"11,keyasint,omitempty"`
+	Unix      *UnixState  `cbor:"12,keyasint,omitempty"`
 	TCP       *TCP        `cbor:"30,keyasint,omitempty"` // of a TCP socket that has, or had, a peer
+}
+
+// UnixState is what a unix socket has besides (unix(7)).
+type UnixState struct {
+	// Creds are what getsockopt(2) SO_PEERCRED tells: of a listening socket,
+	// who listens.
+	Creds    *PeerCreds `cbor:"1,keyasint,omitempty"`
+	Shutdown uint8      `cbor:"2,keyasint,omitempty"` // 1: receives no more; 2: sends no more
+	Reset    bool       `cbor:"3,keyasint,omitempty"` // ECONNRESET is to be told
+	// Peer is the struct sockaddr of getpeername(2) where the other end has
+	// none that holds it.
+	Peer []byte `cbor:"4,keyasint,omitempty"`
+}
+
+// PeerCreds are the credentials of a process, as the container numbers them.
+type PeerCreds struct {
+	Pid    int32    `cbor:"1,keyasint,omitempty"` // 0: outside, or not known any more
+	UID    uint32   `cbor:"2,keyasint,omitempty"`
+	GID    uint32   `cbor:"3,keyasint,omitempty"`
+	Groups []uint32 `cbor:"4,keyasint,omitempty"`
+}
+
+// Connection says that one unix socket has another as its peer.
+type Connection struct {
+	From Ref `cbor:"1,keyasint,omitempty"` // a File: who connected, or an end of a pair; 0: it is closed
+	To   Ref `cbor:"2,keyasint,omitempty"` // a File: its peer, or who has yet to accept it; 0: it is closed
+	// Mutual: the other one has it as its peer too.
+	Mutual bool `cbor:"3,keyasint,omitempty"`
+}
+
+// Queue is what is unread in a socket, the oldest first. The bytes follow as
+// TypeBytes records of the same reference in the contents section.
+type Queue struct {
+	Socket Ref `cbor:"1,keyasint"` // a File
+	// Sent: the socket has sent it, and who will accept its connection reads it.
+	Sent     bool     `cbor:"2,keyasint,omitempty"`
+	Messages []Unread `cbor:"3,keyasint"`
+}
+
+// Unread is a message, or a stretch of a stream, in the queue of a socket.
+type Unread struct {
+	Size  uint32     `cbor:"1,keyasint,omitempty"` // bytes
+	Name  []byte     `cbor:"2,keyasint,omitempty"` // struct sockaddr of the sender
+	From  Ref        `cbor:"3,keyasint,omitempty"` // a File: the sender, if the container still has it
+	Creds *PeerCreds `cbor:"4,keyasint,omitempty"` // SCM_CREDENTIALS
+	Files []Ref      `cbor:"5,keyasint,omitempty"` // SCM_RIGHTS: Files
+	OOB   bool       `cbor:"6,keyasint,omitempty"` // out-of-band byte
 }
 
 // TCP is a connection, as TCP_REPAIR takes it apart and puts it together. The

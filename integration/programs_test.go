@@ -40,6 +40,7 @@ var programs = []program{
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "nameless", options: []option{withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "locks", options: []option{withArgs("/bin/locks")}},
+	{name: "unixes", options: []option{withArgs("/bin/unixes")}},
 	{name: "overlay", options: []option{
 		withReport("nameless"), withHostPrograms(), withArgs("/out/bin/nameless", "overlay"),
 	}},
@@ -82,6 +83,7 @@ var sleeps = []string{
 // nothing may be done that takes root on the host.
 var mapped = []program{
 	{name: "tree", options: []option{withUserNamespace(), withArgs("/bin/tree.sh")}},
+	{name: "unixes", options: []option{withUserNamespace(), withArgs("/bin/unixes")}},
 	{name: "memory", options: []option{withUserNamespace(), withArgs("/bin/memory")}},
 	{name: "nameless", options: []option{withUserNamespace(), withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "files", options: []option{withUserNamespace(), withArgs("/bin/files")}, loopback: true, connect: "files.connect"},

@@ -69,6 +69,9 @@ type process struct {
 
 // Close releases what the census holds open.
 func (n *census) Close() {
+	if n.files != nil {
+		n.files.Close()
+	}
 	for _, t := range n.memory {
 		_ = t.Close()
 	}
@@ -77,9 +80,6 @@ func (n *census) Close() {
 	}
 	if n.nested != nil {
 		n.nested.Close()
-	}
-	if n.files != nil {
-		n.files.Close()
 	}
 }
 
@@ -91,6 +91,16 @@ func (n *census) named(dev, ino uint64) string {
 		}
 	}
 	return ""
+}
+
+// innerPid is the pid in the container of a live process of it, by its host pid.
+func (n *census) innerPid(host int32) int32 {
+	for _, p := range n.procs {
+		if p.tgid == int(host) {
+			return int32(p.inner)
+		}
+	}
+	return 0
 }
 
 // remade reports whether a device is one of them.
@@ -136,6 +146,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	n.files = file.NewSet(file.Env{
 		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
 		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], External: c.external, Sockets: c.sockets,
+		Inner: n.innerPid, Promise: c.promiseFor(running),
 	})
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,

@@ -214,6 +214,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	if err == nil {
 		c.refuseGuests, c.emptyNetwork = k.RefuseExec, k.EmptyNetwork
 		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Warn: c.warn}
+		c.promise = k.promiseOption
 		err = c.leaveOut(k.External)
 	}
 	if err == nil {
@@ -244,6 +245,16 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	k.w = image.NewWriter(k.out)
 	return nil
+}
+
+// promiseOption has the guardian give an option of a socket a value if we die.
+func (k *checkpoint) promiseOption(f *os.File, name, value int) (kept func() error, err error) {
+	undo, err := guardian.Option(f, name, value)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := k.guard.Promise(undo)
+	return func() error { return k.guard.Strike(entry) }, err
 }
 
 // expect begins to prepare what takes long and will be needed at the stop.

@@ -50,6 +50,8 @@ type container struct {
 	// emptyNetwork: what is in its network namespace is left to its engine.
 	emptyNetwork bool
 	sysctls      map[uint64]map[string]string // of network namespaces, by inode
+	// promise has the guardian undo what reading queues of sockets changes.
+	promise sock.Promise
 	// refuseGuests: processes brought in from outside are not to be kept.
 	refuseGuests bool
 	places       *file.Places  // where watched files were found
@@ -407,6 +409,14 @@ func (c *container) leaveOut(keys []string) error {
 		c.external = append(c.external, key)
 	}
 	return nil
+}
+
+// promiseFor is for reading queues, which needs everybody to be stopped.
+func (c *container) promiseFor(running bool) sock.Promise {
+	if running {
+		return nil
+	}
+	return c.promise
 }
 
 func (c *container) warn(format string, args ...any) {

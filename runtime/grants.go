@@ -45,6 +45,9 @@ func (g *grants) checkImage(head *image.Head) error {
 		if err := g.checkIPC(o); err != nil {
 			return err
 		}
+		if err := g.checkSocket(o); err != nil {
+			return err
+		}
 	}
 	for _, t := range head.Tasks {
 		err := g.checkProcess(t, head.UserOf(t.Pid))
@@ -119,6 +122,31 @@ func (g *grants) checkQueue(q *image.Mqueue) error {
 	}
 	if !g.mayBeIn(q.GID) {
 		return fail.Refuse("", fmt.Sprintf("it is gid %d's, which the bundle (group %d, without CAP_SETGID) does not give", q.GID, g.gid), "change the bundle if it may have it")
+	}
+	return nil
+}
+
+// checkSocket refuses credentials of a unix socket, or of what is unread in one,
+// that no task of the container can have had.
+func (g *grants) checkSocket(o any) error {
+	var all []*image.PeerCreds
+	switch o := o.(type) {
+	case *image.File:
+		if o.Socket != nil && o.Socket.Unix != nil {
+			all = append(all, o.Socket.Unix.Creds)
+		}
+	case *image.Queue:
+		for i := range o.Messages {
+			all = append(all, o.Messages[i].Creds)
+		}
+	}
+	for _, c := range all {
+		if c == nil {
+			continue
+		}
+		if !g.mayBe(c.UID) || !g.mayBeIn(c.GID) || slices.ContainsFunc(c.Groups, func(gid uint32) bool { return !g.mayBeIn(gid) }) {
+			return fail.Refuse("unix socket", fmt.Sprintf("its peer's user %d or groups %d are not what the bundle gives", c.UID, append([]uint32{c.GID}, c.Groups...)), "change the bundle if there may be such a one")
+		}
 	}
 	return nil
 }

@@ -263,6 +263,9 @@ func (r *restore) openFiles(context.Context) error {
 		return err
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
+	if r.maker.IDs, err = readIDMaps(r.made.stub.Pid); err != nil {
+		return err
+	}
 	r.maker.Warn, r.maker.Given = r.Log.Warn, r.Given
 	r.maker.Clocks = func() *task.Clocks { return r.clocksBy(r.made.offsets) }
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
@@ -381,6 +384,9 @@ func (r *restore) grow(ctx context.Context) error {
 	if h := r.stubs[helper]; h != nil {
 		delete(r.stubs, helper)
 		return h.Exit(0)
+	}
+	if err := r.maker.ConnectSockets(r.stubs); err != nil {
+		return err
 	}
 	return r.maker.SettleTerminals(r.stubs)
 }
@@ -598,6 +604,9 @@ func (r *restore) finish(ctx context.Context) error {
 	}
 	if n := r.filler.Copied; n > 0 {
 		r.Log.Warn("memory that processes shared by fork could not be shared again", "bytes", n)
+	}
+	if err := r.maker.SettleSockets(); err != nil {
+		return err
 	}
 	if err := r.endZombies(); err != nil {
 		return err

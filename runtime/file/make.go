@@ -31,6 +31,7 @@ type Maker struct {
 	Warn     func(msg string, args ...any)
 	// Clocks are the container's, and how far they have gone since the checkpoint.
 	Clocks func() *task.Clocks
+	IDs    task.IDMaps // of the container that is restored
 	// Validation is one of Validations.
 	Validation string
 	// Given are the files for what the image leaves out, by key (CheckGiven).
@@ -66,6 +67,7 @@ type Maker struct {
 	connections map[image.Ref]*sock.Remade
 	connected   []image.Ref    // in the order of the stream
 	given       map[string]int // what has the stub of Given
+	unix        *unixMaker
 }
 
 type madePipe struct {
@@ -137,7 +139,11 @@ func (s *Set) Fits() error {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return fmt.Errorf("descriptor limit: %w", err)
 	}
-	if need := uint64(top + 1 + len(s.descs) + len(s.maps) + len(s.order)*2 + spareNumbers); need > limit.Max {
+	need := uint64(top + 1 + len(s.descs) + len(s.maps) + len(s.order)*2 + spareNumbers)
+	if n := len(s.connections); n > 0 {
+		need = 2*need + 2*uint64(n)
+	}
+	if need > limit.Max {
 		return fail.Refuse(fmt.Sprintf("fd %d", top), fmt.Sprintf("restoring would take %d descriptors and the hard limit here is %d", need, limit.Max), "raise it (ulimit -Hn)")
 	}
 	return nil
@@ -177,9 +183,12 @@ func (m *Maker) Make() error {
 	if err := m.makeQueues(); err != nil {
 		return err
 	}
+	if err := m.prepareUnix(); err != nil {
+		return err
+	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
-		if f, ok := m.head.Objects[ref].(*image.File); ok && !late(f) {
+		if f, ok := m.head.Objects[ref].(*image.File); ok && !late(f) && m.unix.late[ref] == 0 {
 			files = append(files, ref)
 		}
 	}
@@ -189,9 +198,6 @@ func (m *Maker) Make() error {
 		}
 	}
 	if err := m.connect(); err != nil {
-		return err
-	}
-	if err := m.registerAll(); err != nil {
 		return err
 	}
 	return m.setTerminals()
@@ -208,6 +214,9 @@ func (m *Maker) clearLow() error {
 		return fmt.Errorf("descriptor limit: %w", err)
 	}
 	need := uint64(m.base + m.opens() + spareNumbers)
+	if links := m.links(); len(links) > 0 {
+		need = uint64(m.lateNumbers() + 2*len(links))
+	}
 	m.chunk = int(min(1024, max(uint64(m.base), limit.Max-min(need, limit.Max))))
 	if need > limit.Max {
 		return &fail.Error{Cause: fmt.Errorf("restoring takes %d descriptors and the hard limit is %d", need, limit.Max), Remedy: "raise it (ulimit -Hn)"}
@@ -544,33 +553,54 @@ func (m *Maker) adoptMapping(ref image.Ref, rec *image.Shmem) error {
 	return err
 }
 
-// Send hands one of the coordinator's files to a stub (SCM_RIGHTS, unix(7)) and
-// returns its number there.
+// Send hands one of the coordinator's files to a stub and returns its number
+// there.
 func (m *Maker) Send(to *tracee.Stub, f *os.File) (int, error) {
 	return m.send(to, int(f.Fd()), f.Name())
 }
 
 func (m *Maker) send(to *tracee.Stub, ours int, name string) (int, error) {
-	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(ours), nil, 0); err != nil {
-		return 0, fmt.Errorf("send %s: %w", name, err)
+	fds, err := m.sendAll(to, ours)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return fds[0], nil
+}
+
+// SendAll hands up to 253 files to a stub by one message (SCM_RIGHTS, unix(7)).
+func (m *Maker) SendAll(to *tracee.Stub, files []*os.File) ([]int, error) {
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fds[i] = int(f.Fd())
+	}
+	return m.sendAll(to, fds...)
+}
+
+func (m *Maker) sendAll(to *tracee.Stub, fds ...int) ([]int, error) {
+	if err := unix.Sendmsg(m.sock, []byte{0}, unix.UnixRights(fds...), nil, 0); err != nil {
+		return nil, fmt.Errorf("send: %w", err)
 	}
 	socket := m.socket
 	if socket == 0 {
 		socket = SocketFD
 	}
 	var b tracee.Batch
-	control := b.Reserve(unix.CmsgSpace(4))
+	space := unix.CmsgSpace(4 * len(fds))
+	control := b.Reserve(space)
 	iov := b.PutPointer(nil, b.Reserve(1), binary.LittleEndian.AppendUint64(nil, 1)...)
 	msg := b.Reserve(56) // struct msghdr
 	b.Fix(msg.Plus(16), iov)
 	binary.LittleEndian.PutUint64(b.At(msg.Plus(24), 8), 1)
 	b.Fix(msg.Plus(32), control)
-	binary.LittleEndian.PutUint64(b.At(msg.Plus(40), 8), uint64(unix.CmsgSpace(4)))
+	binary.LittleEndian.PutUint64(b.At(msg.Plus(40), 8), uint64(space))
 	b.Add(unix.SYS_RECVMSG, tracee.W(socket), msg, tracee.W(unix.MSG_CMSG_CLOEXEC))
 	if _, err := to.Run(&b); err != nil {
-		return 0, fmt.Errorf("receive %s: %w", name, err)
+		return nil, fmt.Errorf("receive: %w", err)
 	}
-	return int(binary.LittleEndian.Uint32(b.At(control.Plus(unix.CmsgLen(0)), 4))), nil
+	for i := range fds {
+		fds[i] = int(binary.LittleEndian.Uint32(b.At(control.Plus(unix.CmsgLen(4*i)), 4)))
+	}
+	return fds, nil
 }
 
 // openChunk opens some files, moves them into the table and gives them their
@@ -788,6 +818,10 @@ func (m *Maker) Seal() error {
 // Fill puts bytes back into a pipe, of which the maker still holds both ends, a
 // terminal, or a file without a name.
 func (m *Maker) Fill(ref image.Ref, offset uint64, data []byte) error {
+	if _, ok := m.head.Objects[ref].(*image.Queue); ok {
+		m.unix.content[ref] = append(m.unix.content[ref], data...)
+		return nil
+	}
 	if p := m.ptys[ref]; p != nil {
 		p.content = append(p.content, data...)
 		return nil

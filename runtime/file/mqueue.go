@@ -109,6 +109,7 @@ func (s *Set) Close() {
 	for _, q := range s.queues.list {
 		_ = q.file.Close()
 	}
+	s.closeFlying()
 }
 
 // HasQueues reports whether there are message queues.

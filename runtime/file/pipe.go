@@ -130,6 +130,9 @@ func (s *Set) Contents(w *image.Writer, progress func(int) error) error {
 	if err := s.saveConnections(w, progress); err != nil {
 		return err
 	}
+	if err := s.saveUnread(w, progress); err != nil {
+		return err
+	}
 	for _, p := range s.terminals {
 		if len(p.content) > 0 {
 			if err := w.Bytes(p.Ref, 0, p.content); err != nil {

@@ -264,10 +264,16 @@ type Set struct {
 	pipes     map[fileID]*pipe
 	order     []*pipe
 	queues    queues
-	placed    []func() // complete records with the mount namespaces of their paths
-	sockets   *sock.Inside
 	// endedTasks numbers tasks that are gone and of which something is held.
 	endedTasks map[string]uint32
+
+	sockets     *sock.Inside
+	unixes      []*unixSocket
+	unixOf      map[uint64]*unixSocket // by inode
+	connections []*object.Object
+	unreads     []*unread
+	flying      []*os.File // descriptors in flight
+	placed      []func()   // complete records with the mount namespaces of their paths
 }
 
 // Env is what the room must know of the container.
@@ -288,6 +294,10 @@ type Env struct {
 	Sockets sock.Choices
 	// Places remembers where watched files were found.
 	Places *Places
+	// Promise is for reading queues, nil where the container runs.
+	Promise sock.Promise
+	// Inner is the pid in the container of a process of it, 0 for another one.
+	Inner func(host int32) int32
 	// Remade reports whether a device is one of these file systems, which restore
 	// makes anew.
 	Remade func(dev uint64) bool
@@ -313,7 +323,7 @@ func NewSet(env Env) *Set {
 	if env.Places == nil {
 		env.Places = NewPlaces()
 	}
-	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[fileID]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}}
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[fileID]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}, unixOf: map[uint64]*unixSocket{}}
 }
 
 // AddTable reads the descriptor table of a process.
@@ -354,6 +364,9 @@ func gone(pid int, err error) error {
 // Describe finds which descriptors share an open file description, tells the
 // kind of each, and reads its state. It refuses what cannot be saved.
 func (s *Set) Describe() error {
+	if err := s.readUnread(); err != nil {
+		return err
+	}
 	byFile := map[*seen]*Description{}
 	groups, err := group(s.all)
 	if err != nil {
@@ -379,6 +392,12 @@ func (s *Set) Describe() error {
 		if err := s.describe(d); err != nil {
 			return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), err))
 		}
+	}
+	if err := s.connectUnix(); err != nil {
+		return err
+	}
+	if err := s.linkUnread(byFile); err != nil {
+		return err
 	}
 	if err := s.readTerminals(); err != nil {
 		return err
@@ -530,6 +549,10 @@ func (s *Set) Objects() []*object.Object {
 	}
 	for _, d := range s.descs {
 		visit(d)
+	}
+	out = append(out, s.connections...)
+	for _, q := range s.unreads {
+		out = append(out, &q.Object)
 	}
 	for _, t := range s.tables {
 		out = append(out, &t.Object)

@@ -46,14 +46,12 @@ var socket = kind{
 		if err := s.inContainersNetwork(f); err != nil {
 			return err
 		}
-		if s.sockets == nil {
-			s.sockets = &sock.Inside{
-				NetNS: fmt.Sprintf("/proc/%d/ns/net", d.seen.proc.Pid), Lstat: s.lstat, Choices: s.Sockets,
-			}
-		}
+		in := s.insideOf(d.seen.proc.Pid)
 		d.Record.Kind = image.KindSocket
-		d.Record.Socket, err = sock.Read(s.sockets, f, d.seen.stat.Ino)
-		return err
+		if d.Record.Socket, err = sock.Read(in, f, d.seen.stat.Ino); err != nil {
+			return err
+		}
+		return s.note(d, in)
 	},
 	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) { return sock.Open(b, f.Socket) },
 	finish: func(_ *Maker, b *tracee.Batch, fd int, f *image.File) {

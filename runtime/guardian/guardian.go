@@ -203,6 +203,7 @@ func (g *Guardian) promise(u Undo, ready bool) (Entry, error) {
 	defer g.mu.Unlock()
 	entry := g.last + 1
 	if err := g.send(frame{Entry: entry, Undo: &u, Ready: ready}); err != nil {
+		u.forget()
 		return 0, fmt.Errorf("guardian: promise to %v: %w", u, err)
 	}
 	g.last = entry
@@ -260,6 +261,9 @@ func (g *Guardian) Dismiss() error {
 	if g.journal < 0 {
 		return nil
 	}
+	for _, s := range g.standing {
+		s.undo.forget()
+	}
 	g.standing = nil
 	err := g.send(frame{Done: true})
 	unix.Close(g.journal)
@@ -300,22 +304,26 @@ func send(fd int, f frame) error {
 	if err != nil {
 		return err
 	}
+	var rights []byte
+	if f.Undo != nil && f.Undo.Kind == kindOption {
+		rights = unix.UnixRights(f.Undo.fd)
+	}
 	if len(data) > maxFrame {
 		return fmt.Errorf("the entry has %d bytes, more than %d", len(data), maxFrame)
 	}
 	return retryEINTR(func() error {
 		// MSG_NOSIGNAL: a guardian's death must not be our SIGPIPE.
-		_, err := unix.SendmsgN(fd, data, nil, nil, unix.MSG_NOSIGNAL)
+		_, err := unix.SendmsgN(fd, data, rights, nil, unix.MSG_NOSIGNAL)
 		return err
 	})
 }
 
 // receive reads one frame. At the end of the stream it returns errEnd.
 func receive(fd int) (f frame, err error) {
-	buf := make([]byte, maxFrame)
-	var n int
+	buf, rights := make([]byte, maxFrame), make([]byte, unix.CmsgSpace(4))
+	var n, came int
 	err = retryEINTR(func() error {
-		n, _, err = unix.Recvfrom(fd, buf, 0)
+		n, came, _, _, err = unix.Recvmsg(fd, buf, rights, unix.MSG_CMSG_CLOEXEC)
 		return err
 	})
 	if err != nil {
@@ -324,7 +332,18 @@ func receive(fd int) (f frame, err error) {
 	if n == 0 {
 		return f, errEnd
 	}
-	return f, json.Unmarshal(buf[:n], &f)
+	if err := json.Unmarshal(buf[:n], &f); err != nil || came == 0 || f.Undo == nil {
+		return f, err
+	}
+	messages, err := unix.ParseSocketControlMessage(rights[:came])
+	if err != nil || len(messages) != 1 {
+		return f, errors.Join(err, errors.New("an entry with strange ancillary data"))
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err == nil && len(fds) == 1 {
+		f.Undo.fd = fds[0]
+	}
+	return f, err
 }
 
 // errEnd says that no process holds the other end of the socket any more.
@@ -336,6 +355,7 @@ func without(all []standing, e Entry) (rest []standing, found bool) {
 	if i < 0 {
 		return all, false
 	}
+	all[i].undo.forget()
 	return slices.Delete(all, i, i+1), true
 }
 

@@ -29,6 +29,7 @@ const (
 	kindRemoveCgroups kind = "remove cgroups"
 	kindKill          kind = "kill"
 	kindUnmount       kind = "unmount"
+	kindOption        kind = "socket option"
 	kindPutBack       kind = "put back"
 	kindUnrepair      kind = "end the repair of sockets of"
 	kindLift          kind = "lift"
@@ -54,6 +55,10 @@ type Undo struct {
 	Paused      bool     `json:",omitempty"`
 	// Sockets are descriptors of PID, see Unrepair.
 	Sockets []Repaired `json:",omitempty"`
+	// Name and Number are an option of a socket and its value, see Option.
+	Name   int `json:",omitempty"`
+	Number int `json:",omitempty"`
+	fd     int // of that socket, which travels beside the entry
 }
 
 // Repaired is a descriptor of a socket that may be in repair mode; negative, less
@@ -178,6 +183,23 @@ func PutBack(a *aside.Area) Undo {
 	return Undo{Kind: kindPutBack, Paths: [][]byte{[]byte(a.Root), []byte(a.Journal)}, Value: []byte(a.Dir)}
 }
 
+// Option undoes by giving an option of a socket, of level SOL_SOCKET, a value. The
+// guardian holds the socket until the entry is struck.
+func Option(f *os.File, name, value int) (Undo, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return Undo{}, fmt.Errorf("hold %s: %w", f.Name(), err)
+	}
+	return Undo{Kind: kindOption, Name: name, Number: value, fd: fd}, nil
+}
+
+// forget lets go of what an entry holds.
+func (u Undo) forget() {
+	if u.Kind == kindOption {
+		_ = unix.Close(u.fd)
+	}
+}
+
 // String names the act, for error messages.
 func (u Undo) String() string {
 	switch u.Kind {
@@ -185,6 +207,8 @@ func (u Undo) String() string {
 		return fmt.Sprintf("write %q to %s", u.Value, u.path())
 	case kindKill, kindUnrepair:
 		return fmt.Sprintf("%s pid %d", u.Kind, u.PID)
+	case kindOption:
+		return fmt.Sprintf("set socket option %d to %d", u.Name, u.Number)
 	}
 	return fmt.Sprintf("%s %s", u.Kind, bytes.Join(u.Paths, []byte(", ")))
 }
@@ -194,6 +218,9 @@ func (u Undo) path() string { return string(u.Paths[0]) }
 
 // check refuses an undo that cannot be carried out, or must not be.
 func (u Undo) check() error {
+	if u.Kind == kindOption {
+		return nil
+	}
 	if u.Kind == kindKill {
 		if u.PID <= 1 {
 			return fmt.Errorf("%v: not a process that can be killed", u)
@@ -252,6 +279,8 @@ func (u Undo) Do() error {
 		err = kill(u.PID, u.Start)
 	case kindUnmount:
 		err = unmount(u.path(), u.MountID)
+	case kindOption:
+		err = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, u.Name, u.Number)
 	case kindPutBack:
 		err = aside.PutBack(u.path(), string(u.Value), string(u.Paths[1]))
 	default:

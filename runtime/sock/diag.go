@@ -46,7 +46,7 @@ func (in *Inside) diagnosis(family int) (*diagnosis, error) {
 		req := make(rawRequest, inetDiagRequest)
 		req[0], req[1], req[2] = byte(family), unix.IPPROTO_TCP, 1<<(inetDiagInfo-1)
 		binary.LittleEndian.PutUint32(req[4:], anyTCPState)
-		dump := nl.NewNetlinkRequest(sockDiagByFamily, unix.NLM_F_DUMP)
+		dump := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 		dump.AddData(req)
 		sockets, err := dump.Execute(unix.NETLINK_SOCK_DIAG, 0)
 		if err != nil {

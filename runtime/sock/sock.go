@@ -21,11 +21,22 @@ type Inside struct {
 	NetNS string // path of the network namespace, /proc/PID/ns/net
 	// Lstat looks at a path as the container's root sees it.
 	Lstat func(path string) (*unix.Stat_t, error)
+	// Pid is the number of a process in the container, by its number here; 0
+	// for one that is not, or not any more, in it.
+	Pid func(host int32) int32
+	IDs IDs
 
 	Choices
 
 	diagnoses map[int]*diagnosis // by family
 	fresh     map[[3]int32]map[option]string
+	unix      map[uint64]*Diagnosis // by inode
+}
+
+// IDs translate what the host shows into the container's own numbers.
+type IDs interface {
+	User(host uint32) uint32
+	Group(host uint32) uint32
 }
 
 // Choices are what the caller wants of the container's connections.
@@ -139,6 +150,9 @@ func describe(a unix.Sockaddr) string {
 func boundAddress(fd int) ([]byte, error) { return rawName(fd, unix.SYS_GETSOCKNAME, "getsockname") }
 func peerAddress(fd int) ([]byte, error)  { return rawName(fd, unix.SYS_GETPEERNAME, "getpeername") }
 
+// PeerAddress is that of getpeername(2).
+func PeerAddress(f *os.File) ([]byte, error) { return peerAddress(int(f.Fd())) }
+
 func rawName(fd int, call uintptr, name string) ([]byte, error) {
 	buf := make([]byte, 128)
 	n := uint32(len(buf))
@@ -169,22 +183,35 @@ func allowed(s *image.Socket) error {
 	if err := allowedOptions(fam, s); err != nil {
 		return err
 	}
-	if s.Path != "" && (len(s.Address) < 3 || s.Path != unix.ByteSliceToString(s.Address[2:])) {
+	if s.Path != "" && (len(s.Address) < 3 || s.Address[2] == 0) {
 		return fmt.Errorf("unix socket bound to %q with a file at %q", s.Address, s.Path)
+	}
+	if s.Family == unix.AF_UNIX && s.Unix == nil {
+		return errors.New("unix socket without its state")
 	}
 	return nil
 }
 
 // Finish adds the calls that give it its options, address and backlog. Those of a
-// connection come by Bind and Settle.
+// connection come by Bind and Settle. A unix socket gets its address by BindUnix, and
+// what changes its receiving by Receive.
 func Finish(b *tracee.Batch, fd int, s *image.Socket) {
 	setOptions(b, fd, s, false)
+	if s.Family == unix.AF_UNIX {
+		return
+	}
 	setOptions(b, fd, s, true)
 	bind(b, fd, s)
 	if s.Listening {
 		b.Add(unix.SYS_LISTEN, tracee.W(fd), tracee.W(s.Backlog))
 	}
 }
+
+// Receive adds the calls that set the options that change what is received.
+func Receive(b *tracee.Batch, fd int, s *image.Socket) { setOptions(b, fd, s, true) }
+
+// BindUnix adds the calls that give a unix socket its address.
+func BindUnix(b *tracee.Batch, fd int, s *image.Socket) { bind(b, fd, s) }
 
 func bind(b *tracee.Batch, fd int, s *image.Socket) {
 	fam := familyOf(s)

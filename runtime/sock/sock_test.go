@@ -1,11 +1,11 @@
 package sock
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,10 +13,12 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 	"github.com/ocickpt/ocickpt/runtime/tracee/traceetest"
 )
@@ -40,7 +42,7 @@ func here() *Inside {
 	return &Inside{NetNS: "/proc/self/ns/net", Lstat: func(path string) (*unix.Stat_t, error) {
 		var st unix.Stat_t
 		return &st, unix.Lstat(path, &st)
-	}}
+	}, Pid: func(pid int32) int32 { return pid }, IDs: task.IDMaps{}}
 }
 
 func open(t *testing.T, domain, kind, protocol int) *os.File {
@@ -96,13 +98,6 @@ func TestConnectedRefused(t *testing.T) {
 	if s, err := read(l); err != nil || !s.Listening || s.Backlog != 5 {
 		t.Errorf("with its queue empty again: %+v, %v", s, err)
 	}
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	must(t, err)
-	for _, end := range pair {
-		f := os.NewFile(uintptr(end), "pair")
-		defer f.Close()
-		refused(t, f, "connected to ")
-	}
 }
 
 func TestUnixBacklog(t *testing.T) {
@@ -114,15 +109,51 @@ func TestUnixBacklog(t *testing.T) {
 		}
 		for i := range 3 {
 			must(t, unix.Connect(fd(open(t, unix.AF_UNIX, unix.SOCK_STREAM, 0)), at))
-			refused(t, l, fmt.Sprintf("%d connections wait", i+1))
+			if d, err := diagnose(l); err != nil || len(d.Pending) != i+1 {
+				t.Errorf("%s: %+v, %v; want %d pending connections", name, d, err, i+1)
+			}
 		}
+	}
+}
+
+func diagnose(f *os.File) (*Diagnosis, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd(f), &st); err != nil {
+		return nil, err
+	}
+	return here().Diagnose(st.Ino)
+}
+
+// A pair knows its peers, who made it and what it is shut down for.
+func TestUnixPair(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(t, err)
+	a, b := os.NewFile(uintptr(pair[0]), "a"), os.NewFile(uintptr(pair[1]), "b")
+	defer a.Close()
+	must(t, unix.Shutdown(pair[0], unix.SHUT_WR))
+	var st unix.Stat_t
+	must(t, unix.Fstat(pair[1], &st))
+	s, err := read(a)
+	if err != nil || s.Unix.Shutdown != 2 || s.Unix.Creds.Pid != int32(os.Getpid()) || s.Unix.Reset {
+		t.Errorf("%+v, %v", s.Unix, err)
+	}
+	if d, err := diagnose(a); err != nil || d.Peer != st.Ino {
+		t.Errorf("%+v, %v; want peer %d", d, err, st.Ino)
+	}
+	_, err = unix.Write(pair[1], []byte("x"))
+	must(t, err)
+	must(t, b.Close())
+	if s, err := read(a); err != nil || s.Unix.Shutdown != 3 {
+		t.Errorf("%+v, %v", s.Unix, err)
+	}
+	if d, err := diagnose(a); err != nil || !d.HasPeer || d.Peer != 0 {
+		t.Errorf("%+v, %v; want a peer that is closed", d, err)
 	}
 }
 
 func TestDatagramsRefused(t *testing.T) {
 	for domain, at := range map[int]unix.Sockaddr{
-		unix.AF_INET: &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}, unix.AF_UNIX: &unix.SockaddrUnix{Name: filepath.Join(t.TempDir(), "d")},
-	} {
+		unix.AF_INET: &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}} {
 		f := open(t, domain, unix.SOCK_DGRAM, 0)
 		must(t, unix.Bind(fd(f), at))
 		if _, err := read(f); err != nil {
@@ -154,13 +185,23 @@ func TestUnixPath(t *testing.T) {
 	if s, err := read(f); err != nil || s.Path != path || s.Mode&0o7777 != 0o620 || s.UID != 12 || s.GID != 34 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	must(t, os.Remove(path))
-	refused(t, f, "removed or replaced")
+	at := func(want string) {
+		t.Helper()
+		if s, err := read(f); err != nil || s.Path != want || UnixName(s.Address) != path {
+			t.Errorf("%+v, %v; want %s", s, err, want)
+		}
+	}
+	must(t, os.Rename(path, path+"2"))
+	at(path + "2")
 	must(t, os.WriteFile(path, nil, 0o600))
-	refused(t, f, "removed or replaced")
+	at(path + "2")
+	must(t, os.Remove(path+"2"))
+	at("")
 	relative := open(t, unix.AF_UNIX, unix.SOCK_DGRAM, 0)
 	must(t, unix.Bind(fd(relative), &unix.SockaddrUnix{Name: "r"}))
-	refused(t, relative, "relative path")
+	if s, err := read(relative); err != nil || s.Path != dir+"/r" || UnixName(s.Address) != "r" {
+		t.Errorf("%+v, %v", s, err)
+	}
 	if s, err := read(open(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)); err != nil || s.Path != "" || bound(s) {
 		t.Errorf("unnamed: %+v, %v", s, err)
 	}
@@ -260,6 +301,9 @@ func TestRoundTrip(t *testing.T) {
 			must(t, f.Close()) // its address is free again
 			got, err := read(remake(t, want))
 			must(t, err)
+			if want.Unix != nil && want.Listening { // by the stub
+				want.Unix.Creds, got.Unix.Creds = nil, nil
+			}
 			if d := cmp.Diff(want, got, cmpopts.SortSlices(func(a, b image.SocketOpt) bool {
 				return a.Level < b.Level || a.Level == b.Level && a.Name < b.Name
 			})); d != "" {
@@ -302,7 +346,7 @@ func TestForeignOptions(t *testing.T) {
 		{Level: unix.SOL_SOCKET, Name: unix.SO_MARK, Value: make([]byte, 8)},
 		{Level: unix.SOL_TCP, Name: unix.TCP_NODELAY, Value: make([]byte, 4)},
 	} {
-		s := &image.Socket{Family: unix.AF_UNIX, Type: unix.SOCK_STREAM, Options: []image.SocketOpt{o}}
+		s := &image.Socket{Family: unix.AF_UNIX, Type: unix.SOCK_STREAM, Unix: &image.UnixState{}, Options: []image.SocketOpt{o}}
 		if _, err := Open(&tracee.Batch{}, s); err == nil {
 			t.Errorf("option %+v was taken", o)
 		}
@@ -320,6 +364,13 @@ func remake(t *testing.T, s *image.Socket) *os.File {
 	must(t, err)
 	n := int(b.Calls[i].Ret)
 	Finish(&finish, n, s)
+	if s.Family == unix.AF_UNIX {
+		Receive(&finish, n, s)
+		BindUnix(&finish, n, s)
+		if s.Listening {
+			finish.Add(unix.SYS_LISTEN, tracee.W(n), tracee.W(s.Backlog))
+		}
+	}
 	_, err = stub.Run(&finish)
 	must(t, err)
 	pidfd, err := unix.PidfdOpen(stub.Pid, 0)
@@ -332,42 +383,24 @@ func remake(t *testing.T, s *image.Socket) *os.File {
 	return f
 }
 
-// answer is a sock_diag message with attributes behind it.
-func answer(kind uint16, attributes ...byte) []byte {
-	b := make([]byte, unix.NLMSG_HDRLEN+16, 64)
-	binary.LittleEndian.PutUint16(b[4:], kind)
+// unixMessage is a sock_diag message about socket 77 with attributes behind it.
+func unixMessage(attributes ...byte) []byte {
+	b := make([]byte, 16, 64)
+	b[4] = 77
 	return append(b, attributes...)
 }
 
-func TestParseQueue(t *testing.T) {
-	queue := []byte{12, 0, unixDiagRQLen, 0, 3, 0, 0, 0, 128, 0, 0, 0}
-	for name, b := range map[string][]byte{
-		"alone":              answer(sockDiagByFamily, queue...),
-		"behind another":     answer(sockDiagByFamily, append([]byte{5, 0, 1, 0, 9, 0, 0, 0}, queue...)...),
-		"with more after it": answer(sockDiagByFamily, append(queue, 1, 2)...),
-	} {
-		if waiting, backlog, err := parseQueue(b); err != nil || waiting != 3 || backlog != 128 {
-			t.Errorf("%s: %d of %d, %v", name, waiting, backlog, err)
-		}
+func TestNoteDiagnosis(t *testing.T) {
+	queue := []byte{12, 0, netlink.UNIX_DIAG_RQLEN, 0, 3, 0, 0, 0, 128, 0, 0, 0}
+	pending := []byte{12, 0, netlink.UNIX_DIAG_ICONS, 0, 5, 0, 0, 0, 0, 0, 0, 0}
+	peer, shutdown := []byte{8, 0, netlink.UNIX_DIAG_PEER, 0, 9, 0, 0, 0}, []byte{5, 0, netlink.UNIX_DIAG_SHUTDOWN, 0, 2, 0, 0, 0}
+	all := map[uint64]*Diagnosis{}
+	noteDiagnosis(all, unixMessage(slices.Concat(queue, pending, peer, shutdown)...))
+	want := &Diagnosis{HasPeer: true, Peer: 9, Shutdown: 2, Pending: []uint64{5, 0}, Backlog: 128}
+	if d := cmp.Diff(want, all[77]); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
 	}
-	for name, b := range map[string][]byte{
-		"nothing": nil, "an error": answer(unix.NLMSG_ERROR, queue...), "no attribute": answer(sockDiagByFamily),
-		"too long": answer(sockDiagByFamily, 13, 0, unixDiagRQLen, 0, 1, 0, 0, 0, 1, 0, 0, 0), "too short": answer(sockDiagByFamily, 8, 0, unixDiagRQLen, 0, 1, 0, 0, 0),
-		"empty": answer(sockDiagByFamily, 0, 0, 0, 0), "cut off in padding": answer(sockDiagByFamily, 5, 0, 1, 0, 9),
-	} {
-		if _, _, err := parseQueue(b); err == nil {
-			t.Errorf("%s: no error", name)
-		}
+	if _, err := here().Diagnose(1); !errors.Is(err, tracee.ErrGone) {
+		t.Errorf("a socket that is not there: %v", err)
 	}
-	if _, _, err := queueOf(1); err == nil {
-		t.Error("the queue of a socket that is not there")
-	}
-}
-
-func queueOf(inode uint64) (waiting, backlog uint32, err error) { return queue(here().NetNS, inode) }
-
-func FuzzParseQueue(f *testing.F) {
-	f.Add(answer(sockDiagByFamily, 12, 0, unixDiagRQLen, 0, 3, 0, 0, 0, 128, 0, 0, 0))
-	f.Add(answer(sockDiagByFamily, 5, 0, 1, 0, 9))
-	f.Fuzz(func(t *testing.T, b []byte) { _, _, _ = parseQueue(b) })
 }

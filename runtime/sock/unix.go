@@ -4,7 +4,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"unsafe"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
@@ -13,27 +20,26 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// local is unix(7) sockets that listen or have no peer.
+// local is unix(7) sockets. What belongs to more than one of them, who is whose
+// peer and what is on the way, is the business of those who know all.
 var local = family{
 	types: [][2]int32{{unix.SOCK_STREAM, 0}, {unix.SOCK_DGRAM, 0}, {unix.SOCK_SEQPACKET, 0}},
 	read: func(in *Inside, fd int, inode uint64, s *image.Socket) error {
-		if err := unconnected(fd); err != nil {
+		d, err := in.Diagnose(inode)
+		if err != nil {
 			return err
 		}
-		if err := emptyQueue(fd); err != nil && !s.Listening {
-			return err
-		}
+		s.Unix = &image.UnixState{Shutdown: d.Shutdown}
 		if s.Listening {
-			waiting, backlog, err := queue(in.NetNS, inode)
-			if err != nil {
-				return err
-			}
-			s.Backlog = int32(backlog)
-			if waiting != 0 {
-				return fail.Refuse("", fmt.Sprintf("%d connections wait to be accepted", waiting), "let the program accept them, or stop the clients")
-			}
+			s.Backlog = int32(d.Backlog)
 		}
-		return readPath(in, s)
+		if s.Unix.Creds, err = in.peerCreds(fd); err != nil {
+			return err
+		}
+		if s.Unix.Reset, err = hasError(fd); err != nil {
+			return err
+		}
+		return readPath(in, fd, s)
 	},
 	prepare: func(b *tracee.Batch, _ int, s *image.Socket) {
 		if s.Path != "" { // the file of the socket that is gone stands in the way
@@ -50,85 +56,215 @@ var local = family{
 	},
 }
 
-// readPath records the file of a socket that has a name in the file system.
-func readPath(in *Inside, s *image.Socket) error {
+// hasError reports an error that waits to be told, which only poll(2) shows
+// without taking it. A unix socket knows but one, ECONNRESET.
+func hasError(fd int) (bool, error) {
+	fds := []unix.PollFd{{Fd: int32(fd)}}
+	if _, err := unix.Poll(fds, 0); err != nil {
+		return false, fmt.Errorf("poll: %w", err)
+	}
+	return fds[0].Revents&unix.POLLERR != 0, nil
+}
+
+// siocUnixFile opens the file that a unix socket is bound to, by O_PATH
+// (SIOCUNIXFILE of include/uapi/linux/un.h, Linux 4.14).
+const siocUnixFile = 0x89e0
+
+const deletedSuffix = " (deleted)"
+
+// readPath records the file of a socket that has a name in the file system, under
+// the path that it has now: the one that the socket was bound to may be relative,
+// or have been renamed. A socket whose file has no name left keeps its address,
+// by which nobody reaches it.
+func readPath(in *Inside, fd int, s *image.Socket) error {
 	if len(s.Address) <= 2 || s.Address[2] == 0 { // unnamed, abstract
 		return nil
 	}
-	path := unix.ByteSliceToString(s.Address[2:])
-	if path[0] != '/' {
-		return fail.Refuse("unix:"+path, "it is bound by a relative path, which cannot be told any more", "bind it by an absolute path")
+	bound := unix.ByteSliceToString(s.Address[2:])
+	n, err := unix.IoctlRetInt(fd, siocUnixFile)
+	if err != nil {
+		return fmt.Errorf("SIOCUNIXFILE: %w", err)
 	}
-	st, err := in.Lstat(path)
-	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFSOCK {
-		return fail.Refuse("unix:"+path, "the file of the socket was removed or replaced", "close it before the checkpoint")
+	node := os.NewFile(uintptr(n), bound)
+	defer node.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(n, &st); err != nil {
+		return fmt.Errorf("the socket's file: %w", err)
 	}
-	s.Path, s.Mode, s.UID, s.GID = path, st.Mode, st.Uid, st.Gid
+	now, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", n))
+	if err != nil || strings.HasSuffix(now, deletedSuffix) {
+		return err
+	}
+	for _, path := range []string{bound, now} {
+		at, err := in.Lstat(path)
+		if filepath.IsAbs(path) && err == nil && at.Dev == st.Dev && at.Ino == st.Ino {
+			s.Path, s.Mode = path, st.Mode
+			s.UID, s.GID = in.IDs.User(st.Uid), in.IDs.Group(st.Gid)
+			return nil
+		}
+	}
+	return fail.Refuse("unix:"+bound, "its file lies where the container cannot reach it, at "+now, "close it before the checkpoint")
+}
+
+// UnixName is the name in the address of a unix socket as people write it, "" for
+// none.
+func UnixName(address []byte) string {
+	switch {
+	case len(address) <= 2:
+		return ""
+	case address[2] == 0:
+		return "@" + string(address[3:])
+	}
+	return unix.ByteSliceToString(address[2:])
+}
+
+// peerCreds reads SO_PEERCRED and SO_PEERGROUPS; nil where there are none.
+func (in *Inside) peerCreds(fd int) (*image.PeerCreds, error) {
+	c, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return nil, fmt.Errorf("SO_PEERCRED: %w", err)
+	}
+	if c.Uid == math.MaxUint32 {
+		return nil, nil
+	}
+	out := in.creds(c)
+	groups := make([]byte, 4*32)
+	n := uint32(len(groups))
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERGROUPS,
+			uintptr(unsafe.Pointer(&groups[0])), uintptr(unsafe.Pointer(&n)), 0)
+		if errno == 0 {
+			break
+		}
+		if errno != unix.ERANGE {
+			return nil, fmt.Errorf("SO_PEERGROUPS: %w", errno)
+		}
+		groups = make([]byte, n)
+	}
+	for g := groups[:n]; len(g) >= 4; g = g[4:] {
+		out.Groups = append(out.Groups, in.IDs.Group(binary.LittleEndian.Uint32(g)))
+	}
+	return out, nil
+}
+
+// creds translates credentials into the container's numbers.
+func (in *Inside) creds(c *unix.Ucred) *image.PeerCreds {
+	out := &image.PeerCreds{UID: in.IDs.User(c.Uid), GID: in.IDs.Group(c.Gid)}
+	if c.Pid != 0 {
+		out.Pid = in.Pid(c.Pid)
+	}
+	return out
+}
+
+// reach is an address by which a unix socket that has a name is reached from here,
+// wherever its file is by now, until done is called.
+func reach(to *os.File) (at *unix.SockaddrUnix, done func(), err error) {
+	name, err := boundAddress(int(to.Fd()))
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case len(name) <= 2:
+		return nil, nil, errors.New("the other socket has no name")
+	case name[2] == 0:
+		return &unix.SockaddrUnix{Name: "@" + string(name[3:])}, func() {}, nil
+	}
+	n, err := unix.IoctlRetInt(int(to.Fd()), siocUnixFile)
+	if err != nil {
+		return nil, nil, fmt.Errorf("SIOCUNIXFILE: %w", err)
+	}
+	return &unix.SockaddrUnix{Name: fmt.Sprintf("/proc/self/fd/%d", n)}, func() { _ = unix.Close(n) }, nil
+}
+
+// Connect connects a unix socket to another that has a name. Both may be in other
+// namespaces than this process.
+func Connect(f, to *os.File) error {
+	at, done, err := reach(to)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := unix.Connect(int(f.Fd()), at); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
 	return nil
 }
 
-// Of net/unix/diag.c, by include/uapi/linux/unix_diag.h and sock_diag.h.
+// Diagnosis is what sock_diag(7) tells of a unix socket.
+type Diagnosis struct {
+	// HasPeer: it is or was connected. Peer is the inode of the other end, 0
+	// if that is closed or waits to be accepted.
+	HasPeer  bool
+	Peer     uint64
+	Shutdown uint8
+	// Pending are the inodes of the sockets whose connections a listening one
+	// has yet to accept, in order; 0 for one that is closed.
+	Pending []uint64
+	Backlog uint32
+}
+
+// Of include/uapi/linux/unix_diag.h.
 const (
-	sockDiagByFamily = 20
-	unixDiagShowRQL  = 0x10
-	unixDiagRQLen    = 4
+	diagShowPeer    = 0x04
+	diagShowPending = 0x08
+	diagShowQueue   = 0x10
 )
 
-// queue asks how many connections wait at a listening unix socket and what its
-// backlog is. Only sock_diag(7) tells, inside the socket's network namespace.
-func queue(netns string, inode uint64) (waiting, backlog uint32, err error) {
-	err = nsutil.Inside(netns, func() error {
-		var err error
-		waiting, backlog, err = diagnose(inode)
-		return err
-	})
-	return waiting, backlog, err
+// Diagnose tells of a unix socket by its inode. All are asked for at once, inside
+// their network namespace.
+func (in *Inside) Diagnose(inode uint64) (*Diagnosis, error) {
+	if in.unix == nil {
+		in.unix = map[uint64]*Diagnosis{}
+		err := nsutil.Inside(in.NetNS, func() error {
+			req := make(rawRequest, 24) // struct unix_diag_req
+			req[0] = unix.AF_UNIX
+			put32(req[4:], math.MaxUint32) // any state
+			put32(req[12:], diagShowPeer|diagShowPending|diagShowQueue)
+			dump := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+			dump.AddData(req)
+			all, err := dump.Execute(unix.NETLINK_SOCK_DIAG, 0)
+			for _, m := range all {
+				noteDiagnosis(in.unix, m)
+			}
+			return err
+		})
+		if err != nil {
+			in.unix = nil
+			return nil, fmt.Errorf("sock_diag: %w", err)
+		}
+	}
+	d := in.unix[inode]
+	if d == nil {
+		return nil, fmt.Errorf("sock_diag does not know socket %d: %w", inode, tracee.ErrGone)
+	}
+	return d, nil
 }
 
-func diagnose(inode uint64) (waiting, backlog uint32, err error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		return 0, 0, fmt.Errorf("sock_diag: %w", err)
+// noteDiagnosis reads struct unix_diag_msg and the attributes behind it.
+func noteDiagnosis(all map[uint64]*Diagnosis, m []byte) {
+	const head = 16
+	if len(m) < head {
+		return
 	}
-	defer unix.Close(fd)
 	le := binary.LittleEndian
-	req := make([]byte, unix.NLMSG_HDRLEN+24)
-	le.PutUint32(req, uint32(len(req)))
-	le.PutUint16(req[4:], sockDiagByFamily)
-	le.PutUint16(req[6:], unix.NLM_F_REQUEST)
-	body := req[unix.NLMSG_HDRLEN:]
-	body[0] = unix.AF_UNIX
-	le.PutUint32(body[4:], 0xffffffff) // any state
-	le.PutUint32(body[8:], uint32(inode))
-	le.PutUint32(body[12:], unixDiagShowRQL)
-	le.PutUint32(body[16:], 0xffffffff) // no cookie
-	le.PutUint32(body[20:], 0xffffffff)
-	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return 0, 0, fmt.Errorf("sock_diag: %w", err)
-	}
-	buf := make([]byte, 8192)
-	n, _, err := unix.Recvfrom(fd, buf, 0)
+	attributes, err := nl.ParseRouteAttr(m[head:])
 	if err != nil {
-		return 0, 0, fmt.Errorf("sock_diag: %w", err)
+		return
 	}
-	return parseQueue(buf[:n])
-}
-
-func parseQueue(b []byte) (waiting, backlog uint32, err error) {
-	const message = unix.NLMSG_HDRLEN + 16 // struct unix_diag_msg
-	le := binary.LittleEndian
-	if len(b) < message || le.Uint16(b[4:]) != sockDiagByFamily {
-		return 0, 0, errors.New("sock_diag does not know the socket")
-	}
-	for a := b[message:]; len(a) >= 4; {
-		size := int(le.Uint16(a))
-		if size < 4 || size > len(a) {
-			break
+	d := &Diagnosis{}
+	for _, a := range attributes {
+		v := a.Value
+		switch {
+		case a.Attr.Type == netlink.UNIX_DIAG_PEER && len(v) >= 4:
+			d.HasPeer, d.Peer = true, uint64(le.Uint32(v))
+		case a.Attr.Type == netlink.UNIX_DIAG_ICONS:
+			for ; len(v) >= 4; v = v[4:] {
+				d.Pending = append(d.Pending, uint64(le.Uint32(v)))
+			}
+		case a.Attr.Type == netlink.UNIX_DIAG_RQLEN && len(v) >= 8:
+			d.Backlog = le.Uint32(v[4:])
+		case a.Attr.Type == netlink.UNIX_DIAG_SHUTDOWN && len(v) >= 1:
+			d.Shutdown = v[0]
 		}
-		if le.Uint16(a[2:]) == unixDiagRQLen && size >= 12 {
-			return le.Uint32(a[4:]), le.Uint32(a[8:]), nil
-		}
-		a = a[min((size+3)&^3, len(a)):]
 	}
-	return 0, 0, errors.New("sock_diag gives no queue")
+	all[uint64(le.Uint32(m[4:]))] = d
 }
