@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// TestHostName changes the names of a container from inside, and from outside.
+// TestHostName changes the names of a container from inside, and from outside, and
+// a limit that is the bundle's.
 func TestHostName(t *testing.T) {
 	c := treeContainer(t, withCapabilities("CAP_SYS_ADMIN"))
 	c.exec("sh", "-c", "hostname renamed; echo -n example.org >/proc/sys/kernel/domainname || true")
@@ -18,7 +19,10 @@ func TestHostName(t *testing.T) {
 	if got := c.exec("sh", "-c", "hostname; cat /proc/sys/kernel/domainname"); got != want {
 		t.Fatalf("the names are %q, not %q", got, want)
 	}
-	c.checkpoint()
+	c.must(run("nsenter", "-t", fmt.Sprint(c.state().Pid), "-i", "sh", "-c", "echo 5000000 >/proc/sys/kernel/shmmax"))
+	if said := c.checkpoint().stderr; !strings.Contains(said, "the container has set kernel.shmmax to 5000000") {
+		t.Errorf("no warning: %s", said)
+	}
 	c.mustBeGone()
 	c.refusesBundles(t, map[string][3]string{
 		"capability": {`"CAP_SYS_ADMIN"`, `"CAP_SYS_NICE"`, "CAP_SYS_ADMIN"},

@@ -44,6 +44,8 @@ func TestWarned(t *testing.T) {
 	}{
 		{"keeper", []string{"process keyring", "session keyring", "1 keys"}},
 		{"watched", []string{"debug registers"}},
+		{"iosharer", []string{"share an I/O context", "thread 1 of task 1"}},
+		{"cored", []string{"dumped core", "odd"}},
 	} {
 		t.Run(odd.name, func(t *testing.T) {
 			c := newContainer(t, withReport("odd"), withArgs("/bin/odd", odd.name)).run()

@@ -398,6 +398,9 @@ func (n *census) addZombie(c *container, pid int, parent *process) error {
 		Pids: narrow(s.NSpid), Zombie: true, Status: uint32(stat.Field(statExitCode)), Comm: comm,
 		Inner: c.innerIDs(s),
 	}}
+	if unix.WaitStatus(z.Status).CoreDump() {
+		c.warn("%s: that it has dumped core is not told by wait(2) after a restore", task.Name(int(z.Pid), pid, comm))
+	}
 	if z.place, err = n.nested.AddZombie(pid, task.Name(int(z.Pid), pid, comm)); err != nil {
 		return err
 	}

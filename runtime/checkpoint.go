@@ -432,6 +432,9 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		}
 	}
 	n.passJobs(children)
+	if err := n.warnOfIO(k.c.warn); err != nil {
+		return err
+	}
 	if err := n.noteUndo(k.learned); err != nil {
 		return err
 	}

@@ -145,7 +145,7 @@ func (c *container) describe(root string) error {
 		Hostname: config.Hostname, Domainname: config.Domainname,
 	}
 	for _, step := range []func(*libcontainer.State, *configs.Config) error{
-		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames,
+		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames, c.readIPCLimits,
 	} {
 		if err := step(state, &config); err != nil {
 			return err

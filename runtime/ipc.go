@@ -6,7 +6,9 @@ import (
 	"math"
 	"os"
 	"slices"
+	"strings"
 
+	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
@@ -172,4 +174,61 @@ func (r *restore) allowQueues() error {
 // owns reports a namespace that is the new container's alone.
 func (m *made) owns(kind configs.NamespaceType) bool {
 	return m.config.Namespaces.Contains(kind) && m.config.Namespaces.PathOf(kind) == ""
+}
+
+// ipcSysctls are the limits of an ipc namespace (proc_sys_kernel(5), mq_overview(7)).
+var ipcSysctls = []string{
+	"kernel.shmmax", "kernel.shmall", "kernel.shmmni", "kernel.shm_rmid_forced", "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem",
+	"fs.mqueue.queues_max", "fs.mqueue.msg_max", "fs.mqueue.msgsize_max", "fs.mqueue.msg_default", "fs.mqueue.msgsize_default",
+}
+
+// readIPCLimits warns of limits of the container's ipc namespace that are not those
+// it was started with: they are the bundle's to set.
+func (c *container) readIPCLimits(_ *libcontainer.State, config *configs.Config) error {
+	if !c.owns("ipc") || !c.maySetSysctls() {
+		return nil
+	}
+	var live, given map[string]string
+	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
+		live, err = readSysctls(ipcSysctls)
+		return err
+	})
+	if err == nil { // what a new one has
+		err = nsutil.Inside("", func() error {
+			err := unix.Unshare(unix.CLONE_NEWIPC)
+			if err == nil {
+				given, err = readSysctls(ipcSysctls)
+			}
+			return err
+		})
+	}
+	if err != nil {
+		return goneIs(c.initPid, err)
+	}
+	for _, name := range ipcSysctls {
+		want := given[name]
+		if set, ok := config.Sysctl[name]; ok {
+			want = strings.Join(strings.Fields(set), " ")
+		}
+		if live[name] != want {
+			c.warn("the container has set %s to %s; a restored one has %s, as the bundle says: set it there (linux.sysctl)", name, live[name], want)
+		}
+	}
+	return nil
+}
+
+// readSysctls reads sysctls as the calling thread sees them; blanks are single. One
+// that the kernel does not have is left out.
+func readSysctls(names []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, name := range names {
+		b, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(name, ".", "/"))
+		if err != nil && !os.IsNotExist(err) {
+			return nil, err
+		}
+		if err == nil {
+			out[name] = strings.Join(strings.Fields(string(b)), " ")
+		}
+	}
+	return out, nil
 }

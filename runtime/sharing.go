@@ -26,6 +26,7 @@ const (
 	kcmpFiles   = 2
 	kcmpFS      = 3
 	kcmpSighand = 4
+	kcmpIO      = 5
 	kcmpSysVSem = 6
 )
 
@@ -118,6 +119,38 @@ func (s *sharing) threadwise(pids []int, procs []*process, kind uintptr, owners 
 		}
 	}
 	return owners(tids, kind)
+}
+
+// warnOfIO says which threads have one I/O context (CLONE_IO of clone(2)), which a
+// restored container's do not. Only where one has a priority does that show.
+func (n *census) warnOfIO(warn func(format string, args ...any)) error {
+	var with []int
+	names := map[int]string{}
+	for _, p := range n.procs {
+		for i, tid := range p.tids {
+			t := &p.state.Task.Threads[i]
+			none, err := t.IOPrio == 0, error(nil)
+			if !none { // whoever has none is like us
+				var order int
+				order, err = kcmp(unix.Gettid(), tid, kcmpIO)
+				none = order == 0
+			}
+			if err != nil {
+				return err
+			}
+			if !none {
+				with = append(with, tid)
+				names[tid] = fmt.Sprintf("thread %d of %s", t.Tid, p.name())
+			}
+		}
+	}
+	groups, err := owners(with, kcmpIO)
+	for _, tid := range with {
+		if owner := groups[tid]; owner != tid && err == nil {
+			warn("%s and %s share an I/O context (CLONE_IO): after a restore each has its own, with the same priority", names[owner], names[tid])
+		}
+	}
+	return err
 }
 
 // undoOwners leaves out the tasks without a semaphore undo list, as most

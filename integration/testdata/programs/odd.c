@@ -118,6 +118,29 @@ static void be_keeper(void)
 		     KEY_SPEC_SESSION_KEYRING) > 0);
 }
 
+static void be_iosharer(void)
+{
+	need(!syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 6));
+	if (!syscall(SYS_clone, CLONE_IO | SIGCHLD, NULL, NULL, NULL, NULL))
+		for (;;)
+			pause();
+}
+
+static void be_cored(void)
+{
+	struct rlimit core = { 0 };
+	pid_t child;
+
+	need(!getrlimit(RLIMIT_CORE, &core));
+	core.rlim_cur = core.rlim_max;
+	need(!setrlimit(RLIMIT_CORE, &core));
+	child = fork();
+	if (!child)
+		abort();
+	siginfo_t info;
+	need(!waitid(P_PID, child, &info, WEXITED | WNOWAIT) && info.si_code == CLD_DUMPED);
+}
+
 /* A domain that forbids to make block devices, and so next to nothing. */
 static void be_landlocked(void)
 {
@@ -153,6 +176,8 @@ static const struct {
 	{ "listened", be_listened },
 	{ "full", be_full },
 	{ "keeper", be_keeper },
+	{ "iosharer", be_iosharer },
+	{ "cored", be_cored },
 	{ "landlocked", be_landlocked },
 	{ "rooted", be_rooted },
 };
