@@ -27,9 +27,9 @@ const kernelLargefile = 0o100000
 
 // openPath adds the open of a recorded path. RESOLVE_NO_SYMLINKS: the kernel
 // gave us the path without links, and a link in its place now leads to another
-// file. O_NOFOLLOW is for the links that were themselves opened.
+// file. O_NOFOLLOW is for those who used it, and shows in F_GETFL.
 func openPath(b *tracee.Batch, path string, flags uint32) int {
-	flags = flags&(openFlags|unix.O_DIRECTORY) | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	flags = flags&(openFlags|unix.O_DIRECTORY|unix.O_NOFOLLOW) | unix.O_CLOEXEC
 	if flags&unix.O_PATH != 0 { // openat2(2) wants no others
 		flags &= unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	} else {
