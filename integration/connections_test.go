@@ -28,7 +28,7 @@ import (
 // with a bridge.
 type network struct {
 	t               testing.TB
-	inside, outside string // names as ip-netns(8) has them
+	inside, outside string // paths
 	hook            string // a program that connects a container's own namespace
 	mu              sync.Mutex
 	resets          []string
@@ -41,31 +41,26 @@ const (
 	insideOther         = "10.77.0.9"
 )
 
-var networkCount atomic.Int64
-
 // newNetwork makes both. The container's is connected by the hook, or at once.
 func newNetwork(t *testing.T, byHook bool) *network {
 	t.Helper()
 	n := &network{t: t}
-	name := fmt.Sprintf("net-%d-%d", os.Getpid(), networkCount.Add(1))
-	n.inside, n.outside = name+"i", name+"o"
-	n.ip("netns", "add", n.outside)
-	t.Cleanup(func() { n.ip("netns", "del", n.outside) })
-	n.ip("-n", n.outside, "link", "add", "br0", "type", "bridge")
-	n.ip("-n", n.outside, "link", "set", "br0", "up")
-	n.ip("-n", n.outside, "addr", "add", outsideV4+"/24", "dev", "br0")
-	n.ip("-n", n.outside, "addr", "add", outsideV6+"/64", "dev", "br0", "nodad")
+	n.outside = n.namespace(t, "outside")
+	n.ip(n.outside, "link", "add", "br0", "type", "bridge")
+	n.ip(n.outside, "link", "set", "br0", "up")
+	n.ip(n.outside, "addr", "add", outsideV4+"/24", "dev", "br0")
+	n.ip(n.outside, "addr", "add", outsideV6+"/64", "dev", "br0", "nodad")
 	n.hook = filepath.Join(t.TempDir(), "hook")
 	// The address of the device must stay, for peers remember it.
 	script := `#!/bin/sh -e
-		pid=$1
-		[ -n "$pid" ] || pid=$(sed 's/.*"pid":\([0-9]*\).*/\1/')
 		export PATH=/usr/sbin:/usr/bin:/sbin:/bin
-		while ip -n OUT link show dev peer >/dev/null 2>&1; do sleep 0.01; done
-		ip -n OUT link add peer type veth peer name eth0 address 02:00:0a:4d:00:01 netns $pid
-		ip -n OUT link set peer master br0 up
-		inside() { nsenter -t $pid -n ip "$@"; }
-		[ -n "$1" ] && inside() { ip -n $pid "$@"; }
+		net=$1
+		[ -n "$net" ] || net=/proc/$(sed 's/.*"pid":\([0-9]*\).*/\1/')/ns/net
+		outside() { nsenter --net=OUT ip "$@"; }
+		inside() { nsenter --net=$net ip "$@"; }
+		while outside link show dev peer >/dev/null 2>&1; do sleep 0.01; done
+		outside link add peer type veth peer name eth0 address 02:00:0a:4d:00:01 netns $net
+		outside link set peer master br0 up
 		inside link set lo up
 		inside link set eth0 up
 		inside addr add V4/24 dev eth0
@@ -80,8 +75,7 @@ func newNetwork(t *testing.T, byHook bool) *network {
 	if byHook {
 		return n
 	}
-	n.ip("netns", "add", n.inside)
-	t.Cleanup(func() { n.ip("netns", "del", n.inside) })
+	n.inside = n.namespace(t, "inside")
 	if err := run(n.hook, n.inside); err != nil {
 		t.Fatal(err)
 	}
@@ -89,14 +83,33 @@ func newNetwork(t *testing.T, byHook bool) *network {
 	return n
 }
 
-func (n *network) ip(args ...string) {
+// namespace makes one, and a file that leads to it.
+func (n *network) namespace(t *testing.T, name string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	err := os.WriteFile(path, nil, 0o600)
+	if err == nil {
+		err = nsutil.Inside("", func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			return unix.Mount(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), path, "", unix.MS_BIND, "")
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	return path
+}
+
+// ip runs ip(8) in one of them.
+func (n *network) ip(netns string, args ...string) {
 	n.t.Helper()
-	if err := run("ip", args...); err != nil {
+	if err := run("nsenter", append([]string{"--net=" + netns, "ip"}, args...)...); err != nil {
 		n.t.Fatal(err)
 	}
 }
-
-func netnsPath(name string) string { return filepath.Join("/run/netns", name) }
 
 // join puts a container into the namespace, or lets its engine's hook connect it.
 func (n *network) join(byHook bool) option {
@@ -107,7 +120,7 @@ func (n *network) join(byHook bool) option {
 		}
 		for i := range spec.Linux.Namespaces {
 			if spec.Linux.Namespaces[i].Type == specs.NetworkNamespace {
-				spec.Linux.Namespaces[i].Path = netnsPath(n.inside)
+				spec.Linux.Namespaces[i].Path = n.inside
 			}
 		}
 	}
@@ -117,7 +130,7 @@ func (n *network) join(byHook bool) option {
 func (n *network) watch(name string) {
 	n.t.Helper()
 	var fd int
-	err := nsutil.Inside(netnsPath(name), func() (err error) {
+	err := nsutil.Inside(name, func() (err error) {
 		const all = 0x0300 // htons(ETH_P_ALL)
 		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, all)
 		return err
@@ -187,7 +200,7 @@ type peer struct {
 func (n *network) dial(t testing.TB, address, what string) *peer {
 	t.Helper()
 	p := &peer{done: make(chan struct{})}
-	err := nsutil.Inside(netnsPath(n.outside), func() error {
+	err := nsutil.Inside(n.outside, func() error {
 		c, err := net.Dial("tcp", net.JoinHostPort(address, "7000"))
 		if err == nil {
 			p.TCPConn = c.(*net.TCPConn)
@@ -286,7 +299,7 @@ type clients struct {
 func (n *network) clients(t *testing.T, idle int) *clients {
 	c := &clients{n: n}
 	if !waitFor(func() bool {
-		return nsutil.Inside(netnsPath(n.outside), func() error {
+		return nsutil.Inside(n.outside, func() error {
 			p, err := net.Dial("tcp", net.JoinHostPort(insideV6, "7000"))
 			if err == nil {
 				p.(*net.TCPConn).CloseWrite()
@@ -419,7 +432,8 @@ func TestConnectionFaults(t *testing.T) {
 			t.Errorf("%s: the restore worked", fault)
 		}
 		t.Setenv(envFault, "")
-		if !waitFor(func() bool { return len(survivors(c)) == 0 }) {
+		// A guardian takes away what is left.
+		if !waitFor(func() bool { return len(survivors(c)) == 0 && c.tryRunc("state", c.id).code != 0 }) {
 			t.Fatalf("%s: processes survive: %v", fault, survivors(c))
 		}
 		n.noReset(t)
@@ -466,14 +480,14 @@ func TestConnectionChoices(t *testing.T) {
 	})
 	c.step(t, "address", func(t *testing.T) {
 		// To the peer nothing may change: it has somebody who translates.
-		nft := exec.Command("ip", "netns", "exec", n.outside, "nft", "-f", "-")
+		nft := exec.Command("nsenter", "--net="+n.outside, "nft", "-f", "-")
 		nft.Stdin = strings.NewReader(strings.NewReplacer("OLD", insideV4, "NEW", insideOther).Replace(`table ip moved {
 			chain out { type route hook output priority -300; ip daddr OLD ip daddr set NEW; }
 			chain in { type filter hook prerouting priority -300; ip saddr NEW ip saddr set OLD; }
 		}`))
 		c.must(runCmd(nft))
-		n.ip("-n", n.inside, "addr", "del", insideV4+"/24", "dev", "eth0")
-		n.ip("-n", n.inside, "addr", "add", insideOther+"/24", "dev", "eth0")
+		n.ip(n.inside, "addr", "del", insideV4+"/24", "dev", "eth0")
+		n.ip(n.inside, "addr", "add", insideOther+"/24", "dev", "eth0")
 		c.tryRestoreFile(filepath.Join(c.image(), "checkpoint.img"), c.bundle).mustRefuse(t, insideV4, outsideV4)
 		c.restore("--address-map", insideV4+"="+insideOther)
 		p.echoes(t, "moved\n")
@@ -552,7 +566,7 @@ func TestRedisTransaction(t *testing.T) {
 		}
 	}
 	if !waitFor(func() bool {
-		return nsutil.Inside(netnsPath(n.outside), func() error {
+		return nsutil.Inside(n.outside, func() error {
 			conn, err := net.Dial("tcp", insideV4+":7000")
 			if err == nil {
 				conn.Close()
@@ -576,6 +590,6 @@ func TestRedisTransaction(t *testing.T) {
 
 // tables lists the nftables of the container's namespace.
 func (n *network) tables() string {
-	out, _ := exec.Command("ip", "netns", "exec", n.inside, "nft", "list", "tables").CombinedOutput()
+	out, _ := exec.Command("nsenter", "--net="+n.inside, "nft", "list", "tables").CombinedOutput()
 	return string(bytes.TrimSpace(out))
 }

@@ -343,16 +343,7 @@ func (r *restore) prepareRevival() error {
 	for _, h := range r.holds {
 		undos = append(undos, guardian.Lift(h.NetNS, h.Table))
 	}
-	open := map[int][]guardian.Repaired{}
-	for _, t := range r.head.Tasks {
-		for _, d := range r.head.Files(t.Files).Descriptors {
-			if s := r.head.File(d.File).Socket; s != nil && s.TCP != nil && r.stubs[int(t.Pid)] != nil {
-				pid := r.stubs[int(t.Pid)].Pid
-				open[pid] = append(open[pid], guardian.NewRepaired(int(d.FD), sock.Reusable(s)))
-			}
-		}
-	}
-	err := promiseRepair(open, func(u guardian.Undo) error { undos = append(undos, u); return nil })
+	err := promiseRepair(r.repaired(), func(u guardian.Undo) error { undos = append(undos, u); return nil })
 	if err != nil {
 		return err
 	}
@@ -362,6 +353,31 @@ func (r *restore) prepareRevival() error {
 		}
 	}
 	return nil
+}
+
+// repaired lists the descriptors of connections by the pids of the tasks that have
+// them, threads with tables of their own included.
+func (r *restore) repaired() map[int][]guardian.Repaired {
+	open := map[int][]guardian.Repaired{}
+	add := func(pid int, table image.Ref) {
+		for _, d := range r.head.Files(table).Descriptors {
+			if s := r.head.File(d.File).Socket; s != nil && s.TCP != nil {
+				open[pid] = append(open[pid], guardian.NewRepaired(int(d.FD), sock.Reusable(s)))
+			}
+		}
+	}
+	for _, t := range r.head.Tasks {
+		if stub := r.stubs[int(t.Pid)]; stub != nil {
+			add(stub.Pid, t.Files)
+		}
+		threads := r.threads[int(t.Pid)] // without a leader that has ended
+		for i := range threads {
+			if table := t.Threads[len(t.Threads)-len(threads)+i].Files; table != 0 {
+				add(threads[i].Tid, table)
+			}
+		}
+	}
+	return open
 }
 
 // ParseAddressMap reads pairs OLD=NEW.

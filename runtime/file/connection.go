@@ -84,6 +84,11 @@ func (m *Maker) connect() error {
 		return err
 	}
 	m.connections = map[image.Ref]*sock.Remade{}
+	if slices.ContainsFunc(m.connected, func(ref image.Ref) bool { return sock.NeedsLoopback(m.head.File(ref).Socket) }) {
+		if m.lowerLoopback, err = sock.RaiseLoopback(m.netns()); err != nil {
+			return err
+		}
+	}
 	for _, ref := range m.connected {
 		f, err := m.stub.Take(m.fds[ref])
 		if err != nil {
@@ -138,6 +143,9 @@ func (m *Maker) settleConnections() error {
 	err := nsutil.Inside(m.netns(), func() error {
 		return m.eachConnection(func(r *sock.Remade) error { return r.Shut(sock.Inject) })
 	})
+	if err == nil && m.lowerLoopback != nil {
+		err = m.lowerLoopback()
+	}
 	if err != nil {
 		return err
 	}

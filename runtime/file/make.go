@@ -65,9 +65,11 @@ type Maker struct {
 	notified map[image.Ref]bool   // those whose task is to be told again
 
 	connections map[image.Ref]*sock.Remade
-	connected   []image.Ref    // in the order of the stream
-	given       map[string]int // what has the stub of Given
-	unix        *unixMaker
+	connected   []image.Ref // in the order of the stream
+	// lowerLoopback takes it down again, if it is up for their sake.
+	lowerLoopback func() error
+	given         map[string]int // what has the stub of Given
+	unix          *unixMaker
 }
 
 type madePipe struct {

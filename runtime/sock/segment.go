@@ -2,11 +2,16 @@ package sock
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/nsutil"
 )
 
 // Flags of a TCP header.
@@ -157,4 +162,44 @@ func checksum(b []byte) uint16 {
 		sum = sum>>16 + sum&0xffff
 	}
 	return ^uint16(sum)
+}
+
+// NeedsLoopback reports whether a connection can be made again only through
+// loopback: by a segment, or to nobody.
+func NeedsLoopback(s *image.Socket) bool {
+	return s.TCP.State == tcpFinWait2 || s.TCP.State == tcpClose || finReceived(s.TCP.State)
+}
+
+// RaiseLoopback brings loopback up in a network namespace where it is down, and
+// returns how to take it down again.
+func RaiseLoopback(netns string) (lower func() error, err error) {
+	lower = func() error { return nil }
+	err = nsutil.Inside(netns, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("loopback: %w", err)
+		}
+		if lo.Attrs().RawFlags&unix.IFF_UP != 0 {
+			return nil
+		}
+		before, err := netlink.AddrList(lo, netlink.FAMILY_V4)
+		if err != nil {
+			return fmt.Errorf("loopback: %w", err)
+		}
+		lower = func() error { return nsutil.Inside(netns, func() error { return lowerLoopback(lo, before) }) }
+		return netlink.LinkSetUp(lo)
+	})
+	return lower, err
+}
+
+// lowerLoopback also takes away the addresses that came by themselves; those of
+// IPv6 go with the link.
+func lowerLoopback(lo netlink.Link, before []netlink.Addr) error {
+	now, err := netlink.AddrList(lo, netlink.FAMILY_V4)
+	for i := range now {
+		if !slices.ContainsFunc(before, func(a netlink.Addr) bool { return a.Equal(now[i]) }) {
+			err = errors.Join(err, netlink.AddrDel(lo, &now[i]))
+		}
+	}
+	return errors.Join(err, netlink.LinkSetDown(lo))
 }
