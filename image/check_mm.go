@@ -142,11 +142,17 @@ func (m *MM) covers(start, end uint64) bool {
 	return true
 }
 
+// Span is how much memory it takes: whole pages.
+func (s *Shmem) Span() uint64 {
+	page := uint64(max(PageSize, s.HugePage))
+	return (s.Size + page - 1) &^ (page - 1)
+}
+
 func (b *builder) checkShmem(s *Shmem) error {
 	if s.Size > 1<<62 { // loff_t, with room to round up
 		return fmt.Errorf("shared memory of %d bytes", s.Size)
 	}
-	if s.HugePage != 0 && (!hugePage(s.HugePage) || s.Size%s.HugePage != 0) {
+	if s.HugePage != 0 && (!hugePage(s.HugePage) || s.SysV == nil && s.Size%s.HugePage != 0) {
 		return fmt.Errorf("%d bytes do not consist of huge pages of %d", s.Size, s.HugePage)
 	}
 	if s.Path != "" && (s.Memfd || s.HugePage != 0) {
@@ -155,8 +161,8 @@ func (b *builder) checkShmem(s *Shmem) error {
 	if s.SysV == nil {
 		return nil
 	}
-	if s.Memfd || s.Path != "" || s.HugePage != 0 || s.Size == 0 {
-		return errors.New("a System V segment that is empty, a memfd, a file or has huge pages")
+	if s.Memfd || s.Path != "" || s.Size == 0 {
+		return errors.New("a System V segment that is empty, a memfd or a file")
 	}
 	return b.checkPerm(ipcShm, &s.SysV.Perm)
 }
@@ -225,7 +231,7 @@ func (b *builder) inside(ref Ref, start, end uint64) error {
 			return fmt.Errorf("pages %#x-%#x are outside the areas of address space #%d", start, end, ref)
 		}
 	case *Shmem:
-		if end > (o.Size+PageSize-1)&^(PageSize-1) {
+		if end > o.Span() {
 			return fmt.Errorf("pages %#x-%#x are outside shared memory #%d of %d bytes", start, end, ref, o.Size)
 		}
 	default:

@@ -54,7 +54,7 @@ func TestHugePages(t *testing.T) {
 	if n := read("nr_hugepages"); n != before+10 {
 		t.Fatalf("the host gives %d huge pages of 2 MiB, %d are needed", n, before+10)
 	}
-	t.Run("journey", program{name: "hugepages", options: []option{withArgs("/bin/hugepages")}}.journey)
+	t.Run("journey", program{name: "hugepages", options: []option{withArgs("/bin/hugepages"), withCapabilities("CAP_IPC_LOCK")}}.journey)
 	if n := read("free_hugepages"); n != free+10 {
 		t.Errorf("%d huge pages are free, %d were", n, free+10)
 	}
@@ -72,7 +72,7 @@ func TestHugePagesMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.WriteFile(pool, before, 0o644) })
-	c := newContainer(t, withReport("hugepages"), withArgs("/bin/hugepages")).run()
+	c := newContainer(t, withReport("hugepages"), withArgs("/bin/hugepages"), withCapabilities("CAP_IPC_LOCK")).run()
 	c.progress(3)
 	c.checkpoint()
 	c.mustBeGone()

@@ -106,7 +106,7 @@ func (g *grants) checkIPC(o any) error {
 	if g.capabilities&(1<<unix.CAP_SETGID) == 0 && !g.anyID && !slices.Contains(g.groups, p.CGID) {
 		return fail.Refuse(what, fmt.Sprintf("gid %d has created it, which the bundle (group %d, without CAP_SETGID) does not give", p.CGID, g.gid), "change the bundle if it may have it")
 	}
-	if s, ok := o.(*image.Shmem); ok && s.SysV.Locked {
+	if s, ok := o.(*image.Shmem); ok && (s.SysV.Locked || s.HugePage != 0) {
 		return fail.On(what, g.mayLock(s.Size))
 	}
 	return nil

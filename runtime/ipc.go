@@ -66,8 +66,9 @@ func (n *census) openUnattached(c *container) error {
 		}
 		id := seg.Record.SysV.Perm.ID
 		err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() error {
-			f, err := sysv.OpenUnattached(id)
+			f, huge, err := sysv.OpenUnattached(id)
 			if err == nil {
+				seg.Record.HugePage = huge
 				n.open = append(n.open, f)
 				seg.Through(f)
 			}

@@ -313,7 +313,15 @@ func (r *restore) openFiles(context.Context) error {
 // segment opens shared memory, to fill it.
 func (r *restore) segment(ref image.Ref, rec *image.Shmem) (mm.Writer, error) {
 	if rec.SysV != nil {
-		return r.ipc.Memory(r.made.stub.Pid, rec)
+		f, err := r.ipc.Memory(r.made.stub.Pid, rec)
+		if err != nil || rec.HugePage == 0 {
+			return f, err
+		}
+		fd, err := r.maker.Keep(r.made.stub, f)
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return mm.SegmentWriter(rec, r.made.stub, fd, f)
 	}
 	return r.maker.Segment(ref, rec)
 }

@@ -26,6 +26,13 @@ const hugeMemory = "/anon_hugepage" + deletedSuffix
 // the size of huge pages.
 const hugeShift = 26
 
+// HugeSegment is SHM_HUGETLB of shmget(2), with the size of the pages; 0 where they
+// are ordinary ones.
+func HugeSegment(size uint64) uint64 {
+	const shmHugetlb = 0o4000
+	return hugeFlags(size, shmHugetlb)
+}
+
 // hugeFlags are the flags that ask for huge pages of a size; one is the call's own.
 func hugeFlags(size uint64, one uint64) uint64 {
 	if size == 0 {
@@ -89,11 +96,11 @@ func SegmentWriter(rec *image.Shmem, s *tracee.Stub, fd int, file *os.File) (Wri
 	h := &hugeSegment{pages: hugePages{size: rec.HugePage, stub: s, made: map[uint64]bool{}, call: func(b *tracee.Batch, off uint64) {
 		b.Add(unix.SYS_FALLOCATE, tracee.W(fd), tracee.W(0), tracee.W(off), tracee.W(rec.HugePage))
 	}}}
-	if rec.Size == 0 {
+	if rec.Span() == 0 {
 		return h, nil
 	}
 	var err error
-	h.mem, err = unix.Mmap(int(file.Fd()), 0, int(rec.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	h.mem, err = unix.Mmap(int(file.Fd()), 0, int(rec.Span()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes of huge pages: %w", rec.Size, err)
 	}

@@ -98,7 +98,10 @@ func (s *Segment) Save(out *Saver) error {
 		return err
 	}
 	defer f.Close()
-	size := int64(s.Record.Size)
+	size := int64(s.Record.Span())
+	if s.Record.SysV == nil {
+		size = int64(s.Record.Size)
+	}
 	for at := int64(0); at < size; {
 		start, end, err := s.data(f, at)
 		if errors.Is(err, unix.ENXIO) {
@@ -128,7 +131,7 @@ func (s *Segment) Save(out *Saver) error {
 // tell holes; they read as zeros, of which nothing is saved.
 func (s *Segment) data(f *os.File, at int64) (start, end int64, err error) {
 	if s.Record.HugePage != 0 {
-		return at, int64(s.Record.Size), nil
+		return at, int64(s.Record.Span()), nil
 	}
 	if start, err = unix.Seek(int(f.Fd()), at, unix.SEEK_DATA); err == nil {
 		end, err = unix.Seek(int(f.Fd()), start, unix.SEEK_HOLE)

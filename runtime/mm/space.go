@@ -168,7 +168,7 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 	}
 	link := fmt.Sprintf("/proc/%d/map_files/%x-%x", s.Pid, m.start, m.end)
 	switch {
-	case a.HugePage != 0 && m.name != hugeMemory && !isMemfd(m.name):
+	case a.HugePage != 0 && m.name != hugeMemory && !isMemfd(m.name) && !strings.HasPrefix(m.name, sysvPrefix):
 		return nil, fail.Refuse("", "a mapping of a file of a hugetlbfs is not supported: its contents are not in the image", "unmap it before the checkpoint")
 	case m.shared() && anonymousShared(m.name), isMemfd(m.name), m.deleted() && files.Removed(strings.TrimSuffix(m.name, deletedSuffix), link):
 		a.Kind = image.AreaShmem

@@ -42,6 +42,7 @@ func (s *Shared) attached(a *image.Area, m *mapping, link string) (*object.Objec
 	if seg.path == "" {
 		seg.path = link
 	}
+	seg.Record.HugePage = a.HugePage
 	a.Kind = image.AreaShmem
 	if m.has(writable) {
 		a.Flags = append(a.Flags, writable)
@@ -61,7 +62,7 @@ func (s *Space) checkAttached() error {
 		base := a.Start - a.Offset
 		for j := range s.Record.Areas {
 			b := &s.Record.Areas[j]
-			if b.Start < base+pages(rec.Size) && b.End > base && (s.files[j] != f || b.Start-b.Offset != base) {
+			if b.Start < base+rec.Span() && b.End > base && (s.files[j] != f || b.Start-b.Offset != base) {
 				return fail.Refuse(describe(a), "other memory lies where a part of a System V segment was", "detach it before the checkpoint (shmdt)")
 			}
 		}
@@ -76,8 +77,6 @@ func sysvOf(o *object.Object) (*image.Shmem, bool) {
 	rec, ok := o.Record.(*image.Shmem)
 	return rec, ok && rec.SysV != nil
 }
-
-func pages(size uint64) uint64 { return (size + PageSize - 1) &^ (PageSize - 1) }
 
 // attach adds the calls that attach a segment where areas[i] is the first piece
 // left of it; the others come with that. What was unmapped of it goes again.
@@ -107,5 +106,5 @@ func attach(b *tracee.Batch, areas []image.Area, i int, rec *image.Shmem) {
 		bind(b, &areas[i])
 		at = areas[i].End
 	}
-	unmap(base + pages(rec.Size))
+	unmap(base + rec.Span())
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mm"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -44,23 +45,24 @@ func gone(err error) error {
 
 // OpenUnattached opens the memory of a segment that nobody has attached, in the
 // ipc namespace of the calling thread. Attaching it for a moment is the only way
-// to reach it, and shows in its shm_atime, shm_dtime and shm_lpid.
-func OpenUnattached(id int32) (*os.File, error) {
+// to reach it; huge is the size of its pages where they are hugetlb's. It shows in its shm_atime, shm_dtime and shm_lpid.
+func OpenUnattached(id int32) (f *os.File, huge uint64, err error) {
 	addr, _, errno := unix.Syscall(unix.SYS_SHMAT, uintptr(id), 0, unix.SHM_RDONLY)
 	if errno != 0 {
-		return nil, fmt.Errorf("shmat: %w", errno)
+		return nil, 0, fmt.Errorf("shmat: %w", errno)
 	}
 	defer func() { _, _, _ = unix.Syscall(unix.SYS_SHMDT, addr, 0, 0) }()
-	f, err := openMapping("/proc/self/", uint64(addr), os.O_RDONLY)
-	if err != nil {
-		return nil, err
+	if f, err = openMapping("/proc/self/", uint64(addr), os.O_RDONLY); err != nil {
+		return nil, 0, err
 	}
 	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || fs.Type == unix.HUGETLBFS_MAGIC {
-		_ = f.Close()
-		return nil, errors.Join(err, fail.Refuse("", "huge pages (SHM_HUGETLB) are not supported", "remove it before the checkpoint (ipcrm)"))
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return nil, 0, errors.Join(err, f.Close())
 	}
-	return f, nil
+	if fs.Type == unix.HUGETLBFS_MAGIC {
+		huge = uint64(fs.Bsize)
+	}
+	return f, huge, nil
 }
 
 // openMapping opens the file that is mapped at an address.
@@ -81,8 +83,14 @@ func openMapping(proc string, addr uint64, flags int) (*os.File, error) {
 func (m *Maker) makeSegment(rec *image.Shmem) error {
 	p := &rec.SysV.Perm
 	err := m.create("shm", p, func(b *tracee.Batch) int {
-		return b.Add(unix.SYS_SHMGET, tracee.W(p.Key), tracee.W(rec.Size), tracee.W(uint32(ipcFlags)|p.Mode))
+		return b.Add(unix.SYS_SHMGET, tracee.W(p.Key), tracee.W(rec.Size), tracee.W(uint64(uint32(ipcFlags)|p.Mode)|mm.HugeSegment(rec.HugePage)))
 	})
+	if rec.HugePage != 0 && (errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.EPERM)) {
+		err = &fail.Error{
+			Cause:  fmt.Errorf("huge pages of %d KiB: %w", rec.HugePage>>10, err),
+			Remedy: "set more of them aside (vm.nr_hugepages), and give the bundle CAP_IPC_LOCK or its group vm.hugetlb_shm_group",
+		}
+	}
 	if err != nil || !given(p) {
 		return err
 	}

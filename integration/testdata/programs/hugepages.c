@@ -4,6 +4,9 @@
  */
 #include "hold.h"
 
+#include <sys/ipc.h>
+#include <sys/shm.h>
+
 #define PAGE (2UL << 20)
 
 static char text[1 << 18];
@@ -40,7 +43,8 @@ static struct {
 	unsigned char marks[64]; /* the first ones */
 	volatile unsigned long here, there;
 } *shared;
-static int memfd;
+static int memfd, segment, lonely;
+static unsigned char *attached;
 
 static void make(void)
 {
@@ -66,6 +70,30 @@ static void make(void)
 	memfd_private = map(2, MAP_PRIVATE, memfd);
 	mark(memfd_private + PAGE, 6);
 	need(!fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK));
+	segment = shmget(0x77, PAGE - 5000, IPC_CREAT | IPC_EXCL | SHM_HUGETLB | 0600);
+	lonely = shmget(IPC_PRIVATE, PAGE, SHM_HUGETLB | 21 << 26 | 0600);
+	need(segment >= 0 && lonely >= 0);
+	attached = shmat(lonely, NULL, 0);
+	need(attached != (void *)-1);
+	mark(attached, 8);
+	need(!shmdt(attached));
+	attached = shmat(segment, NULL, 0);
+	need(attached != (void *)-1);
+	mark(attached, 7);
+}
+
+static void check_segments(void)
+{
+	struct shmid_ds ds;
+	unsigned char *p;
+
+	check_marked(attached, 7, "System V segment");
+	need(shmget(0x77, 0, 0) == segment && !shmctl(segment, IPC_STAT, &ds));
+	need(ds.shm_segsz == PAGE - 5000 && ds.shm_nattch == 1);
+	p = shmat(lonely, NULL, SHM_RDONLY);
+	need(p != (void *)-1);
+	check_marked(p, 8, "segment that nobody has");
+	need(!shmdt(p));
 }
 
 static void check(void)
@@ -99,7 +127,7 @@ static void check_smaps(void)
 		huge++;
 		at++;
 	}
-	if (huge != 6)
+	if (huge != 7)
 		fail("%d areas have huge pages", huge);
 }
 
@@ -110,6 +138,8 @@ int main(void)
 	for (;;) {
 		check();
 		check_smaps();
+		if (round_no % 8 == 0)
+			check_segments();
 		tick();
 		doze(10 * MS);
 	}
