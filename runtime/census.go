@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -59,6 +61,7 @@ type process struct {
 	live    *tracee.Live
 	cgroups []map[string]string // that its threads are in, below the container's, by hierarchy
 	guest   bool                // brought in from outside, not a descendant of the init
+	maps    *mm.Mappings        // until they have been scanned
 
 	space  *mm.Space
 	tables []*file.Table    // by thread, nil for one with its process's
@@ -156,8 +159,12 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	n.files.Task = func(host int) (int32, bool, error) { return n.inner(c, host) }
-	for _, pid := range pids {
-		p, err := c.visit(pid)
+	enough := make(chan struct{})
+	defer close(enough)
+	visits := c.visitAll(pids, enough)
+	for i, pid := range pids {
+		v := <-visits[i]
+		p, err := v.process, v.err
 		if err == nil && p != nil {
 			err = n.admit(c, p)
 		}
@@ -259,6 +266,39 @@ func nameOf(p *process, pid int) string {
 		return fmt.Sprintf("task (host %d)", pid)
 	}
 	return p.name()
+}
+
+// visited is what visit has found.
+type visited struct {
+	process *process
+	err     error
+}
+
+// visitAll visits processes in turn, several at a time: most of it is the kernel's
+// work. Each is put out by a channel of its own, and few are read before it is
+// taken, or none any more once there has been enough.
+func (c *container) visitAll(pids []int, enough <-chan struct{}) []chan visited {
+	out := make([]chan visited, len(pids))
+	for i := range out {
+		out[i] = make(chan visited)
+	}
+	var next atomic.Int64
+	for range min(len(pids), 2*goruntime.GOMAXPROCS(0)) {
+		go func() {
+			for i := next.Add(1) - 1; int(i) < len(pids); i = next.Add(1) - 1 {
+				p, err := c.visit(pids[i])
+				if err == nil && p != nil {
+					p.maps = mm.ReadMappings(p.pid)
+				}
+				select {
+				case out[i] <- visited{p, err}:
+				case <-enough:
+					return
+				}
+			}
+		}()
+	}
+	return out
 }
 
 // visit reads who a process is; nil for a zombie.

@@ -423,13 +423,8 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		return err
 	}
 	children := n.family()
-	for _, p := range slices.Backward(n.procs) {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := k.collectTask(p, children[p.tgid]); err != nil {
-			return fail.In(p.name(), err)
-		}
+	if err := k.collectTasks(ctx, children); err != nil {
+		return err
 	}
 	n.passJobs(children)
 	if err := n.warnOfIO(k.c.warn); err != nil {
@@ -467,89 +462,6 @@ func (k *checkpoint) readQueues(n *census, stopped bool) error {
 		q = nil
 	}
 	return n.files.ReadQueues(q, n.tablesOf, stopped)
-}
-
-func (k *checkpoint) collectTask(p *process, children []*process) error {
-	var waiting []*task.Waiting
-	var asker *tracee.Thread
-	for _, tid := range p.tids {
-		t, w := k.halt.Held[tid], (*task.Waiting)(nil)
-		if t == nil {
-			var err error
-			if w, err = k.waitingThread(tid); err != nil {
-				return err
-			}
-		} else if asker == nil {
-			asker = t
-		}
-		p.threads, waiting = append(p.threads, t), append(waiting, w)
-	}
-	n := k.census
-	asks := asker != nil && !n.found.asked[p.space] // about the address space
-	var also []func(b *tracee.Batch) func()
-	if asks {
-		n.found.asked[p.space] = true
-		also = append(p.space.AskPolicies(), p.space.AskRings)
-	}
-	k.report.Tasks++
-	k.report.Threads += len(p.tids)
-	p.live = k.halt.Live[p.tgid]
-	src := &task.Source{
-		Stopped: k.halt.Stopped[p.tgid],
-		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
-		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
-		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: also,
-		InnerTid: func(host int) int {
-			s, err := task.ReadStatus(host)
-			if err != nil {
-				return 0
-			}
-			return task.Innermost(s.NSpid) // as the task itself numbers it
-		},
-		Level:  k.c.level,
-		Timers: func() (map[int32]bpf.Timer, bool) { return k.learned.timersOf(p.tgid) },
-		Exists: func(inner int) bool {
-			level := len(p.leader.NSpid) - 1 // the task's own pid namespace
-			return slices.ContainsFunc(k.census.procs, func(other *process) bool {
-				ids := other.leader.NSpid
-				return len(ids) > level && ids[level] == inner
-			}) || slices.ContainsFunc(k.census.zombies, func(z zombie) bool { return len(z.Pids) > level && int(z.Pids[level]) == inner })
-		},
-	}
-	for _, child := range children {
-		src.Children = append(src.Children, child.knownTo(p))
-	}
-	var err error
-	if p.state, err = src.Collect(); err != nil {
-		return err
-	}
-	for i := range p.state.Task.Threads {
-		if err := mm.CheckKeys(p.state.Task.Threads[i].XState); err != nil {
-			return err
-		}
-	}
-	if err := oneIdentity(p, p.state.Task.Threads); err != nil {
-		return err
-	}
-	p.hand, _ = once(n.found.hands, representative(n.sharing.hand, p.pid), func() (*object.Object, error) {
-		return &object.Object{Type: image.TypeSighand, Record: p.state.Sighand}, nil
-	})
-	if !asks {
-		return nil
-	}
-	if p.state.LockFuture {
-		if err := p.space.LockFuture(func(b *tracee.Batch) error { return p.live.Run(asker, b) }); err != nil {
-			return err
-		}
-	}
-	if err := p.space.Policies(p.live, asker); err != nil {
-		return err
-	}
-	err = p.space.Rings(func() (map[uint64]bpf.AIOContext, error) { return k.learned.contextsOf(p.tgid) })
-	if err != nil {
-		return err
-	}
-	return p.space.Details(p.stat.Field, p.state.Brk)
 }
 
 // noteState completes the arch record with what an address space shows.

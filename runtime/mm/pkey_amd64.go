@@ -3,6 +3,7 @@ package mm
 import (
 	"encoding/binary"
 	"fmt"
+	"sync"
 
 	"github.com/ocickpt/ocickpt/runtime/cpu"
 	"github.com/ocickpt/ocickpt/runtime/fail"
@@ -32,8 +33,9 @@ func checkKeys(xstate []byte, offset uint32) error {
 }
 
 // pkruOffset is where this processor keeps PKRU in an xsave area, 0 if the
-// kernel does not use protection keys here (Intel SDM, CPUID leaves 7 and 0DH).
-func pkruOffset() uint32 {
+// kernel does not use protection keys here (Intel SDM, CPUID leaves 7 and 0DH). It
+// is found out once: in a virtual machine each CPUID goes to the hypervisor.
+var pkruOffset = sync.OnceValue(func() uint32 {
 	const ospke = 1 << 4
 	if last, _, _, _ := cpu.CPUID(0, 0); last < 0xd {
 		return 0
@@ -43,4 +45,4 @@ func pkruOffset() uint32 {
 	}
 	_, offset, _, _ := cpu.CPUID(0xd, pkruComponent)
 	return offset
-}
+})

@@ -38,6 +38,18 @@ func (m *mapping) deleted() bool        { return strings.HasSuffix(m.name, delet
 // deletedSuffix is how the kernel marks the path of a file with no name left.
 const deletedSuffix = " (deleted)"
 
+// Mappings are the mappings of a process.
+type Mappings struct {
+	all []mapping
+	err error
+}
+
+// ReadMappings reads them, or finds out why not, for Scan.
+func ReadMappings(pid int) *Mappings {
+	all, err := readMappings(pid)
+	return &Mappings{all, err}
+}
+
 // readMappings reads a process's mappings with their flags.
 func readMappings(pid int) ([]mapping, error) { return readMaps(pid, "smaps") }
 

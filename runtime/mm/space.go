@@ -104,16 +104,16 @@ var refused = map[string]string{
 
 // Scan reads the areas of a process. It changes nothing and works on a running
 // process too, to find out early what cannot be saved.
-func Scan(pid int, files Files, shared *Shared) (*Space, error) {
-	maps, err := readMappings(pid)
-	if err != nil {
-		return nil, err
+func Scan(pid int, maps *Mappings, files Files, shared *Shared) (*Space, error) {
+	if maps.err != nil {
+		return nil, maps.err
 	}
 	s := &Space{Pid: pid, Record: &image.MM{}}
 	s.Object = object.Object{Type: image.TypeMM, Record: s.Record, Complete: s.complete}
-	for i := range maps {
-		if err := s.add(&maps[i], files, shared); err != nil {
-			return nil, fail.On(fmt.Sprintf("memory at %x-%x %s", maps[i].start, maps[i].end, maps[i].name), err)
+	for i := range maps.all {
+		m := &maps.all[i]
+		if err := s.add(m, files, shared); err != nil {
+			return nil, fail.On(fmt.Sprintf("memory at %x-%x %s", m.start, m.end, m.name), err)
 		}
 	}
 	if err := s.checkAttached(); err != nil {

@@ -74,13 +74,25 @@ type State struct {
 // StatExitSignal is a field of /proc/PID/stat.
 const StatExitSignal = 38
 
-// Collect reads everything a process and its threads own: what can be read
-// from outside, and one batch in each thread for the rest.
-func (s *Source) Collect() (*State, error) {
+// Asked is a process of which everything has been read that can be read from
+// outside, and the batches, one for each of its threads, that tell the rest.
+type Asked struct {
+	*Source
+	State *State
+	Jobs  []*tracee.Job // of those that wait in vfork(2), none
+
+	answers []func() error // by thread
+}
+
+// Ask reads what a process and its threads own, as far as that can be done from
+// outside. Space is of its address space (tracee.Job). Answer takes what the
+// batches have found out.
+func (s *Source) Ask(space any) (*Asked, error) {
 	st := &State{tids: s.Tids, Task: &image.Task{
 		Pid:        int32(s.Inner),
 		ExitSignal: int32(s.Stat.Field(StatExitSignal)),
 	}}
+	a := &Asked{Source: s, State: st, answers: make([]func() error, len(s.Threads))}
 	if err := s.outside(st.Task); err != nil {
 		return nil, err
 	}
@@ -92,24 +104,38 @@ func (s *Source) Collect() (*State, error) {
 		if s.Threads[i] == nil {
 			err = s.waiting(i, s.Waiting[i], rec)
 		} else {
-			err = s.thread(i, st)
+			err = a.thread(i, space)
 		}
 		if err != nil {
 			return nil, err
 		}
 	}
+	return a, nil
+}
+
+// Answer completes the state of the process once all Jobs have been run.
+func (a *Asked) Answer() error {
+	s, st := a.Source, a.State
+	for _, answer := range a.answers {
+		if answer == nil {
+			continue
+		}
+		if err := answer(); err != nil {
+			return err
+		}
+	}
 	if s.asker() < 0 {
-		return st, s.processOf(s.Waiting[0], st)
+		return s.processOf(s.Waiting[0], st)
 	}
 	if err := s.askAlso(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.readPending(st); err != nil {
-		return nil, err
+		return err
 	}
 	read := monotonicNow()
 	settleITimers(st.Task, st.asked-s.Now, read-st.asked)
-	return st, s.settleTimers(st.Task, st.asked, read)
+	return s.settleTimers(st.Task, st.asked, read)
 }
 
 func monotonicNow() int64 {
@@ -161,7 +187,8 @@ func procNumber(pid int, name string, base int) (int64, error) {
 }
 
 // thread reads one thread; the leader's batch asks for the process as well.
-func (s *Source) thread(i int, st *State) error {
+func (a *Asked) thread(i int, space any) error {
+	s, st := a.Source, a.State
 	t, rec := s.Threads[i], &st.Task.Threads[i]
 	if err := s.registers(i, rec); err != nil {
 		return err
@@ -169,42 +196,57 @@ func (s *Source) thread(i int, st *State) error {
 	if err := s.threadOutside(i, rec); err != nil {
 		return err
 	}
-	unsaved, err := outsideUnsaved(t, s.Status[i])
+	status := s.Status[i]
+	unsaved, err := outsideUnsaved(t, status)
 	if err != nil {
 		return err
 	}
-	var b tracee.Batch
-	done := []func(){askThread(&b, rec)}
-	more := askUnsaved(&b)
+	b := &tracee.Batch{}
+	done := []func(){askThread(b, rec)}
+	more := askUnsaved(b)
+	job := &tracee.Job{Live: s.Live, Thread: t, Batch: b, Space: space, Known: &tracee.Known{
+		Tgid: uint32(Innermost(status.NStgid)), Tid: uint32(Innermost(status.NSpid)), Caught: status.SigCgt, Seccomp: status.Seccomp,
+	}}
 	if i == s.asker() {
-		done = append(done, askProcess(&b, st))
+		done = append(done, askProcess(b, st))
 		if len(s.Also) > 0 {
-			done = append(done, s.Also[0](&b))
+			done = append(done, s.Also[0](b))
 		}
+		job.Ran = func() { st.asked = monotonicNow() }
 	}
-	if err := s.Live.Run(t, &b); err != nil {
-		return fail.On(fmt.Sprintf("thread %d", rec.Tid), noRoom(err))
-	}
-	if i == s.asker() {
-		st.asked = monotonicNow()
-	}
-	for _, f := range done {
-		f()
-	}
-	for _, what := range append(unsaved, more()...) {
-		s.Warn("%s (thread %d)", what, rec.Tid)
-	}
-	if s.MayFlush && !rec.Controls.IOFlusher {
-		if rec.Controls.IOFlusher, err = unseenFlusher(t.Tid); err != nil {
-			return err
+	a.Jobs = append(a.Jobs, job)
+	a.answers[i] = func() error {
+		if job.Err != nil {
+			return fail.On(fmt.Sprintf("thread %d", rec.Tid), noRoom(job.Err))
 		}
+		for _, f := range done {
+			f()
+		}
+		for _, what := range append(unsaved, more()...) {
+			s.Warn("%s (thread %d)", what, rec.Tid)
+		}
+		if s.MayFlush && !rec.Controls.IOFlusher {
+			var err error
+			if rec.Controls.IOFlusher, err = unseenFlusher(t.Tid); err != nil {
+				return err
+			}
+		}
+		if i == s.asker() {
+			return s.processAnswer(t, st)
+		}
+		return nil
 	}
-	if i == s.asker() && st.hasLDT() {
+	return nil
+}
+
+// processAnswer asks what the process's first answers call for.
+func (s *Source) processAnswer(t *tracee.Thread, st *State) (err error) {
+	if st.hasLDT() {
 		if st.Task.LDT, err = readLDT(s.Live, t); err != nil {
 			return err
 		}
 	}
-	if i == s.asker() && st.hasJobs() {
+	if st.hasJobs() {
 		st.Untold, err = s.untold()
 	}
 	return err

@@ -108,8 +108,11 @@ func collectChild(t *testing.T) *State {
 	src.Live, err = tracee.NewLive(pid)
 	check(t, err)
 	defer src.Live.Close()
-	st, err := src.Collect()
+	asked, err := src.Ask(pid)
 	check(t, err)
+	tracee.RunAll(asked.Jobs)
+	check(t, asked.Answer())
+	st := asked.State
 	if len(st.Task.Threads) != len(tids) {
 		t.Fatalf("%d threads, want %d", len(st.Task.Threads), len(tids))
 	}

@@ -8,27 +8,32 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // maxSlots bounds the slots used of a cave; the vdso's tail has room for two.
-const maxSlots = 4
+const maxSlots = 8
 
 // cave is a run of executable bytes of a process that nothing uses: the zeros
 // between the end of an ELF image and the end of its last page. Of the [vdso]
 // every process has its own copy; writing there through /proc/PID/mem costs one
 // private page. A process without one may have room behind the text of a mapped
-// file, whose private copy of the page then is what we write to.
+// file, whose private copy of the page then is what we write to; so may one in
+// whose vdso an ocickpt that died has left something.
 //
 // Code put there needs no mapping that is writable and executable at once, which
 // PR_SET_MDWE or SELinux's execmem would refuse.
 type cave struct {
-	pid        int
-	mem        *os.File // /proc/PID/mem
-	start, end uint64   // whole slots
+	pid   int
+	mem   *os.File // /proc/PID/mem
+	slots []uint64
+	wide  int // how many of them are in the first room, if there is another; else 0
 }
 
 // NoCaveError says that a process has no room for our code.
@@ -63,17 +68,28 @@ func readAreas(pid int) (areas []area, err error) {
 	defer f.Close()
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
-		var a area
-		var dev, inode string
-		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s %x %s %s", &a.start, &a.end, &a.perms, &a.offset, &dev, &inode); err != nil {
+		a, err := parseArea(lines.Text())
+		if err != nil {
 			return nil, fmt.Errorf("%s: %q: %w", f.Name(), lines.Text(), err)
-		}
-		if i := strings.IndexAny(lines.Text(), "/["); i >= 0 {
-			a.path = lines.Text()[i:]
 		}
 		areas = append(areas, a)
 	}
 	return areas, lines.Err()
+}
+
+func parseArea(line string) (a area, err error) {
+	from, rest, _ := strings.Cut(line, "-")
+	to, rest, _ := strings.Cut(rest, " ")
+	a.perms, rest, _ = strings.Cut(rest, " ")
+	offset, _, _ := strings.Cut(rest, " ")
+	for text, at := range map[*string]*uint64{&from: &a.start, &to: &a.end, &offset: &a.offset} {
+		v, e := strconv.ParseUint(*text, 16, 64)
+		*at, err = v, errors.Join(err, e)
+	}
+	if i := strings.IndexAny(line, "/["); i >= 0 {
+		a.path = line[i:]
+	}
+	return a, err
 }
 
 // findCave looks at the process and changes nothing.
@@ -82,6 +98,7 @@ func findCave(pid int, mem *os.File) (*cave, error) {
 	if err != nil {
 		return nil, err
 	}
+	c := &cave{pid: pid, mem: mem}
 	for _, vdso := range []bool{true, false} {
 		for i, a := range areas {
 			if a.perms != "r-xp" || (a.path == "[vdso]") != vdso {
@@ -91,16 +108,23 @@ func findCave(pid int, mem *os.File) (*cave, error) {
 			if !ok {
 				continue
 			}
-			c := &cave{pid: pid, mem: mem, start: (end + 63) &^ 63}
-			if err := c.measure(a.end); err != nil {
+			before := len(c.slots)
+			left, err := c.measure((end+63)&^63, a.end)
+			if err != nil {
 				return nil, err
 			}
-			if c.end > c.start {
+			if c.wide == 0 && len(c.slots) > before {
+				c.wide = before
+			}
+			if len(c.slots) > 0 && !left || len(c.slots) == maxSlots {
 				return c, nil
 			}
 		}
 	}
-	return nil, &NoCaveError{pid}
+	if len(c.slots) == 0 {
+		return nil, &NoCaveError{pid}
+	}
+	return c, nil
 }
 
 // imageEnd returns the address in area i behind which its ELF image has nothing
@@ -157,28 +181,27 @@ func elfEnds(mem io.ReaderAt, base uint64) (file, text uint64, err error) {
 	return file, text, nil
 }
 
-// measure counts the slots between c.start and limit that are empty or hold
-// what an earlier ocickpt left.
-func (c *cave) measure(limit uint64) error {
-	c.end = c.start
-	for range maxSlots {
-		if c.end+slotSize > limit {
-			return nil
-		}
-		s, err := c.read(c.end)
+// measure adds the slots from start to limit that are empty or hold what an
+// earlier ocickpt left, and says whether there are such.
+func (c *cave) measure(start, limit uint64) (left bool, err error) {
+	for at := start; at+slotSize <= limit && len(c.slots) < maxSlots; at += slotSize {
+		s, err := c.read(at)
 		if err != nil {
-			return err
+			return left, err
 		}
 		if !s.empty && s.Magic != slotMagic {
-			return nil
+			return left, nil
 		}
-		c.end += slotSize
+		left = left || !s.empty
+		c.slots = append(c.slots, at)
 	}
-	return nil
+	return left, nil
 }
 
 // contains reports whether addr lies in a slot.
-func (c *cave) contains(addr uint64) bool { return addr >= c.start && addr < c.end }
+func (c *cave) contains(addr uint64) bool {
+	return slices.ContainsFunc(c.slots, func(at uint64) bool { return addr-at < slotSize })
+}
 
 // slot is what was found in a slot.
 type slot struct {
@@ -203,6 +226,16 @@ func (c *cave) write(at uint64, b []byte) error {
 	return nil
 }
 
+// clear empties the slot at. What is left in the first room says that the others
+// have been used too: there may be threads in them, and handlers that return there.
+func (c *cave) clear(at uint64, tgid uint32) error {
+	b := make([]byte, slotSize)
+	if i := slices.Index(c.slots, at); i < c.wide {
+		_, _ = binary.Encode(b, binary.LittleEndian, &slotHeader{Magic: slotMagic, Tgid: tgid})
+	}
+	return c.write(at, b)
+}
+
 // gone makes ErrGone of what reading or writing /proc/PID/mem returns once the
 // process has given up its memory: nothing.
 func gone(err error) error {
@@ -212,16 +245,21 @@ func gone(err error) error {
 	return err
 }
 
-// take returns the address of a slot that may be written.
+// take returns the address of a slot that may be written, but for those in use, by
+// threads that call themselves as inUse says. Nor is a slot taken of which such a
+// thread, while it runs, cannot be asked whether it may return there.
 //
-// Only one slot is in use at a time and leaving empties it, so one that is not
-// empty is from an ocickpt that died. Its thread has long left the code of the
+// Leaving empties a slot, so one that is not empty and not in use is from an
+// ocickpt that died. Its thread has long left the code of the
 // slot by then, or it would be busy, but a signal handler that interrupted it
 // there may still return to it. So an empty slot is taken if there is any, and
 // else one to which nothing points any more.
-func (c *cave) take(id ids) (uint64, error) {
+func (c *cave) take(id ids, inUse map[uint64]uint32) (uint64, error) {
 	var used []uint64
-	for at := c.start; at < c.end; at += slotSize {
+	for _, at := range c.slots {
+		if inUse[at] != 0 {
+			continue
+		}
 		s, err := c.read(at)
 		if err != nil {
 			return 0, err
@@ -229,7 +267,9 @@ func (c *cave) take(id ids) (uint64, error) {
 		if s.empty {
 			return at, nil
 		}
-		used = append(used, at)
+		if !slices.Contains(slices.Collect(maps.Values(inUse)), s.Tid) {
+			used = append(used, at)
+		}
 	}
 	var none *NoSlotError
 	for _, at := range used {
@@ -241,11 +281,17 @@ func (c *cave) take(id ids) (uint64, error) {
 			return 0, err
 		}
 	}
+	if none == nil {
+		return 0, errNoneFree
+	}
 	return 0, none
 }
 
-// abandoned proves that nobody returns to the slot at: its thread is gone, or no
-// word of its stack points there. It returns a *NoSlotError if it cannot.
+// errNoneFree says that every slot is in use by ourselves.
+var errNoneFree = errors.New("every slot of the cave is in use")
+
+// abandoned proves that nobody returns to the slot at: its thread is gone, or has no
+// signal frame on its stack that leads there. It returns a *NoSlotError if it cannot.
 func (c *cave) abandoned(at uint64, tgid uint32) error {
 	s, err := c.read(at)
 	if err != nil {
@@ -256,6 +302,9 @@ func (c *cave) abandoned(at uint64, tgid uint32) error {
 		// Inherited by fork(2), perhaps inside such a handler, or the slot of
 		// another process in the same address space (CLONE_VM).
 		return none
+	}
+	if s.Tid == 0 {
+		return nil // cleared
 	}
 	owner, err := threadByNamespaceID(c.pid, s.Tid)
 	if owner == nil || err != nil {
@@ -274,8 +323,8 @@ func (c *cave) abandoned(at uint64, tgid uint32) error {
 // onStack looks for the frame of a signal that interrupted the thread in the
 // slot at, when its stack pointer was sp. Frames of handlers that still run lie
 // above the present stack pointer: up to sp, or on an alternate stack, whose
-// size is bounded here by a guess that is far above what anybody uses. A word
-// that points there by chance makes the slot wait, no more.
+// size is bounded here by a guess that is far above what anybody uses. What is left
+// of the frame of a handler that has returned makes the slot wait, no more.
 func (c *cave) onStack(t *Thread, at, sp uint64) (bool, error) {
 	const altStack, most = 256 << 10, 8 << 20
 	r, err := t.Regs()
@@ -297,19 +346,22 @@ func (c *cave) onStack(t *Thread, at, sp uint64) (bool, error) {
 		if end = min(end, a.end); end-r.Rsp > most {
 			return true, nil
 		}
-		return c.pointed(at, r.Rsp&^7, end&^7)
+		return c.pointed(at, sp, r.Rsp&^7, end&^7)
 	}
 	return true, nil // a stack pointer that points nowhere proves nothing
 }
 
-// pointed reports whether a word in [from, to) is an address in the slot at.
-func (c *cave) pointed(at, from, to uint64) (bool, error) {
+// pointed reports whether there is a signal frame in [from, to) that returns to the
+// slot at: with the stack pointer that the slot's thread has had all the time, and
+// in 64-bit mode (struct sigcontext_64: sp, ip, flags and cs stand in that order).
+func (c *cave) pointed(at, sp, from, to uint64) (bool, error) {
 	b := make([]byte, to-from)
 	if _, err := c.mem.ReadAt(b, int64(from)); err != nil {
 		return false, fmt.Errorf("stack of process %d: %w", c.pid, gone(err))
 	}
-	for ; len(b) > 0; b = b[8:] {
-		if binary.LittleEndian.Uint64(b)-at < slotSize {
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
+	for i := 1; i+2 < len(b)/8; i++ {
+		if word(i)-at < slotSize && word(i-1) == sp && uint16(word(i+2)) == userCS64 {
 			return true, nil
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,6 +59,7 @@ type Live struct {
 	// halted is set once the process is known to be in a group stop, which a
 	// SIGCONT would end.
 	halted bool
+	taken  map[uint64]uint32 // slots of visits that are under way, and whose
 }
 
 // RefusedError says why a thread cannot run a batch, before anything was done.
@@ -109,7 +111,7 @@ func NewLive(pid int) (*Live, error) {
 	if err != nil {
 		return nil, errors.Join(err, mem.Close())
 	}
-	return &Live{pid: pid, cave: c}, nil
+	return &Live{pid: pid, cave: c, taken: map[uint64]uint32{}}, nil
 }
 
 // Close releases what NewLive opened.
@@ -201,11 +203,16 @@ func (l *Live) Run(t *Thread, b *Batch) error {
 	if len(b.Calls) == 0 {
 		return nil
 	}
-	v, err := l.prepare(t)
+	v, err := l.prepare(t, nil)
 	if err != nil {
 		return err
 	}
-	err = v.enter(b)
+	return v.pay(b)
+}
+
+// pay is a visit from its beginning to its end.
+func (v *visit) pay(b *Batch) error {
+	err := v.enter(b)
 	if err == nil {
 		err = v.run(b)
 	}
@@ -230,17 +237,18 @@ type visit struct {
 	page     uint64      // where it is; 0 while there is none
 	now      Regs        // the thread's registers at its latest stop in the slot
 	entered  bool        // the instruction pointer is in the slot
+	running  bool        // it has been resumed and its next stop is to be waited for
 	stepping bool        // it stopped at a system call, not on its way out of the kernel
 
 	punished func(nr uintptr, args [6]uint64) bool // by its filter; nil without
 	quiet    bool                                  // it makes no call by itself
-	running  *Batch                                // whose guarded entries are to be opened
+	guards   *Batch                                // whose guarded entries are to be opened
 	guarded  []int                                 // the guarded entries
 	fed      int                                   // how many of them are open
 }
 
 // prepare finds out all that has to be known and changes nothing.
-func (l *Live) prepare(t *Thread) (*visit, error) {
+func (l *Live) prepare(t *Thread, known *Known) (*visit, error) {
 	v := &visit{Thread: t, live: l}
 	regs, err := t.Regs()
 	if err != nil {
@@ -258,7 +266,7 @@ func (l *Live) prepare(t *Thread) (*visit, error) {
 	if v.mask, err = t.SigMask(); err != nil {
 		return nil, err
 	}
-	st, err := readStatus(t.Pid, t.Tid)
+	st, err := l.status(t, v.mask, known)
 	if err != nil {
 		return nil, err
 	}
@@ -277,8 +285,22 @@ func (l *Live) prepare(t *Thread) (*visit, error) {
 	if err := v.learnFilter(st.seccomp); err != nil {
 		return nil, err
 	}
-	v.slot, err = l.cave.take(st.ids)
+	if v.slot, err = l.cave.take(st.ids, l.taken); err == nil {
+		l.taken[v.slot] = v.id.tid
+	}
 	return v, err
+}
+
+// status is what has to be known of the thread. Others may have sent it signals since
+// it was read, which matters where a SIGCONT is to be sent.
+func (l *Live) status(t *Thread, mask uint64, known *Known) (status, error) {
+	if known != nil {
+		st := status{ids: ids{known.Tgid, known.Tid}, caught: known.Caught, seccomp: strconv.Itoa(int(known.Seccomp))}
+		if reportSignal(st, mask, false) != unix.SIGCONT {
+			return st, nil
+		}
+	}
+	return readStatus(t.Pid, t.Tid)
 }
 
 // noteGroupStop remembers a group stop, which the thread's present stop tells.
@@ -306,13 +328,22 @@ func step(point string, do func() error) error {
 // does it get registers that are not its own: a handler that runs on top of the
 // parked thread, because we died there, finds the true ones.
 func (v *visit) enter(b *Batch) error {
+	if v.quiet {
+		v.size = batchSize(b)
+		return v.enterQuietly(v.own.userView())
+	}
+	if err := v.park(b); err != nil {
+		return err
+	}
+	return step(PointMap, v.mapMemory)
+}
+
+// park is what enter does before the thread runs.
+func (v *visit) park(b *Batch) error {
 	view := v.own.userView()
 	parked := view
 	parked.Rip = v.slot + places.unmapped
 	v.size = batchSize(b)
-	if v.quiet {
-		return v.enterQuietly(view)
-	}
 	steps := []struct {
 		point string
 		do    func() error
@@ -321,7 +352,6 @@ func (v *visit) enter(b *Batch) error {
 		{PointPark, func() error { v.entered = true; return v.SetRegs(parked) }},
 		{PointBlock, func() error { return v.SetSigMask(allBut(v.report)) }},
 		{PointEnter, func() error { return v.SetRegs(enterRegs(view, v.slot, v.size, v.report)) }},
-		{PointMap, v.mapMemory},
 	}
 	for _, s := range steps {
 		if err := step(s.point, s.do); err != nil {
@@ -349,6 +379,26 @@ func (v *visit) mapped() error {
 
 // run brings the batch into the thread's memory, lets it run and reads it back.
 func (v *visit) run(b *Batch) error {
+	mem, err := v.load(b)
+	if err != nil {
+		return err
+	}
+	v.guards = b
+	err = step(PointBatch, func() error {
+		if v.quiet {
+			return v.pass(gateRun, gateUnmap, b)
+		}
+		return v.advance(places.ran)
+	})
+	v.guards = nil
+	if err != nil {
+		return err
+	}
+	return v.unload(b, mem)
+}
+
+// load brings the batch into the thread's memory, of which it returns a copy.
+func (v *visit) load(b *Batch) ([]byte, error) {
 	dataAt := dataOffset(b)
 	data := v.page + dataAt
 	mem := make([]byte, int(dataAt)+len(b.Data))
@@ -356,29 +406,21 @@ func (v *visit) run(b *Batch) error {
 	b.fill(mem[dataAt:], data)
 	v.guard(b, mem, data)
 	if err := step(PointFill, func() error { return v.Write(v.page, mem) }); err != nil {
-		return err
+		return nil, err
 	}
-	if err := step(PointArm, func() error { return v.arm(len(b.Calls)) }); err != nil {
-		return err
-	}
-	v.running = b
-	err := step(PointBatch, func() error {
-		if v.quiet {
-			return v.pass(gateRun, gateUnmap, b)
-		}
-		return v.advance(places.ran)
-	})
-	v.running = nil
-	if err != nil {
-		return err
-	}
+	return mem, step(PointArm, func() error { return v.arm(len(b.Calls)) })
+}
+
+// unload reads what became of the batch.
+func (v *visit) unload(b *Batch, mem []byte) error {
 	if err := v.Read(v.page, mem); err != nil {
 		return err
 	}
+	dataAt := dataOffset(b)
 	v.settleResults(b, mem)
 	b.decode(mem)
 	copy(b.Data, mem[dataAt:])
-	return b.failure(v.Tid, len(b.Calls)-v.now.left(), data)
+	return b.failure(v.Tid, len(b.Calls)-v.now.left(), v.page+dataAt)
 }
 
 // arm sets how many entries are to be run.
@@ -399,7 +441,10 @@ func (v *visit) leave() (first error) {
 			first = err
 		}
 	}
-	if v.page != 0 {
+	switch {
+	case v.running: // it unmaps already
+		first = v.unmap()
+	case v.page != 0:
 		undo(PointUnmap, v.unmap)
 	}
 	if v.stepping {
@@ -409,8 +454,9 @@ func (v *visit) leave() (first error) {
 		undo(PointUnblock, func() error { return v.SetSigMask(v.mask) })
 		undo(PointRestore, func() error { return v.SetRegs(v.own) })
 	}
-	undo(PointClear, func() error { return v.live.cave.write(v.slot, make([]byte, slotSize)) })
+	undo(PointClear, func() error { return v.live.cave.clear(v.slot, v.id.tgid) })
 	undo(PointDone, func() error { return nil })
+	delete(v.live.taken, v.slot)
 	return first
 }
 
@@ -508,15 +554,14 @@ func (v *visit) heedStop() error {
 // we look at it once in a while.
 func (v *visit) resume(sig unix.Signal) (Stop, error) {
 	const patience = time.Second
-	cont := v.Cont
-	if v.report == 0 {
-		cont = v.ContSyscall
+	if !v.running {
+		if err := v.start(sig); err != nil {
+			return Stop{}, err
+		}
 	}
-	if err := cont(sig); err != nil {
-		return Stop{}, err
-	}
-	if v.running != nil {
-		if err := v.feed(v.running); err != nil {
+	v.running = false
+	if v.guards != nil {
+		if err := v.feed(v.guards); err != nil {
 			_, stopping := v.interrupted(patience)
 			return Stop{}, errors.Join(err, stopping)
 		}
@@ -527,6 +572,17 @@ func (v *visit) resume(sig unix.Signal) (Stop, error) {
 	}
 	v.stepping = s.Syscall()
 	return s, err
+}
+
+// start lets the thread run; the next resume waits for its stop.
+func (v *visit) start(sig unix.Signal) error {
+	cont := v.Cont
+	if v.report == 0 {
+		cont = v.ContSyscall
+	}
+	err := cont(sig)
+	v.running = err == nil
+	return err
 }
 
 // interrupted stops the thread wherever it is.

@@ -26,7 +26,7 @@ const tracerEnv = "OCICKPT_TEST_TRACER"
 func TestMain(m *testing.M) {
 	if spec := os.Getenv(tracerEnv); spec != "" {
 		var pid, visits int
-		if _, err := fmt.Sscan(spec, &pid, &visits); err != nil {
+		if _, err := fmt.Sscan(spec, &pid, &visits, &together); err != nil {
 			panic(err)
 		}
 		runtime.LockOSThread()
@@ -305,9 +305,15 @@ func sampleBatch() *Batch {
 	return b
 }
 
+// together makes visits be those of RunAll.
+var together bool
+
 func visitOnce(pid int) error {
 	b := sampleBatch()
 	return withStopped(pid, func(l *Live, threads []*Thread) error {
+		if together {
+			return visitTogether(l, threads)
+		}
 		for _, th := range threads {
 			if err := l.Run(th, b); err != nil {
 				return err
@@ -315,6 +321,27 @@ func visitOnce(pid int) error {
 		}
 		return nil
 	})
+}
+
+func visitTogether(l *Live, threads []*Thread) error {
+	var jobs []*Job
+	ran := 0
+	for _, th := range threads {
+		jobs = append(jobs, &Job{Live: l, Thread: th, Batch: sampleBatch(), Space: l, Ran: func() { ran++ }})
+	}
+	RunAll(jobs)
+	for _, j := range jobs {
+		if j.Err != nil {
+			return j.Err
+		}
+		if parent := j.Batch.Calls[0].Ret; parent <= 0 || j.Batch.Calls[len(j.Batch.Calls)-1].Ret <= 0 {
+			return fmt.Errorf("thread %d has not run its batch", j.Thread.Tid)
+		}
+	}
+	if ran != len(jobs) {
+		return fmt.Errorf("%d of %d jobs have run", ran, len(jobs))
+	}
+	return nil
 }
 
 // visitPatiently tries again while an earlier tracer's slots cannot be reused.
@@ -353,11 +380,13 @@ func TestRun(t *testing.T) {
 	lock(t)
 	g := startAll(t)
 	before := g.maps()
-	for range 100 {
+	for i := range 100 {
+		together = i%2 == 1
 		if err := visitOnce(g.pid); err != nil {
 			t.Fatal(err)
 		}
 	}
+	together = false
 	g.undisturbed(allThreads...)
 	if n := g.get(10, errorCount); n != 0 {
 		t.Error("pause returned")
@@ -376,7 +405,7 @@ func TestRunResults(t *testing.T) {
 				return fmt.Errorf("thread %d: %w", th.Tid, err)
 			}
 		}
-		s, err := l.cave.read(l.cave.start)
+		s, err := l.cave.read(l.cave.slots[0])
 		if !s.empty {
 			t.Error("the slot was not emptied")
 		}
@@ -443,7 +472,7 @@ func everything(th *Thread) (r Regs, mask uint64, x []byte, err error) {
 func tracer(t *testing.T, pid, visits int, plan string) *exec.Cmd {
 	t.Helper()
 	c := exec.Command("/proc/self/exe")
-	c.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d", tracerEnv, pid, visits), "OCICKPT_FAULT="+plan, "GOMAXPROCS=1", "GOGC=off")
+	c.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %v", tracerEnv, pid, visits, together), "OCICKPT_FAULT="+plan, "GOMAXPROCS=1", "GOGC=off")
 	c.Stderr = new(bytes.Buffer)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
@@ -466,6 +495,13 @@ var livePoints = []string{PointSlot, PointPark, PointBlock, PointEnter, PointMap
 // Killed at every point, in each of the threads in turn, the tracer leaves a
 // target that notices nothing, and that the next tracer can visit.
 func TestKilledAtEveryPoint(t *testing.T) {
+	t.Run("one by one", testKilledAtEveryPoint)
+	together = true
+	defer func() { together = false }()
+	t.Run("together", testKilledAtEveryPoint)
+}
+
+func testKilledAtEveryPoint(t *testing.T) {
 	lock(t)
 	for name, g := range map[string]*target{
 		"C":  startAll(t),
@@ -530,6 +566,7 @@ func TestKilledAtRandom(t *testing.T) {
 	}
 	for i := range kills {
 		g := targets[i%len(targets)]
+		together = i/len(targets)%2 == 1
 		c := tracer(t, g.pid, 1<<30, "")
 		time.Sleep(time.Duration(2_000+rand.IntN(20_000)) * time.Microsecond)
 		if err := c.Process.Kill(); err != nil {
@@ -544,6 +581,7 @@ func TestKilledAtRandom(t *testing.T) {
 			g.alive()
 		}
 	}
+	together = false
 	t.Logf("%d of %d kills were within a Run", inside, kills)
 	if inside < kills/100 {
 		t.Error("the kills miss what they are meant for")
@@ -568,11 +606,15 @@ func slots(t *testing.T, pid int) string {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	b := make([]byte, l.cave.end-l.cave.start)
-	if _, err := l.cave.mem.ReadAt(b, int64(l.cave.start)); err != nil {
-		t.Fatal(err)
+	var all []byte
+	for _, at := range l.cave.slots {
+		b := make([]byte, slotSize)
+		if _, err := l.cave.mem.ReadAt(b, int64(at)); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, b...)
 	}
-	return string(b)
+	return string(all)
 }
 
 // cpuTime is the processor time a process has had in user space, in ticks.
@@ -589,12 +631,14 @@ func cpuTime(t *testing.T, pid int) string {
 func TestFailAtEveryPoint(t *testing.T) {
 	g := startAll(t)
 	before := g.maps()
-	for _, point := range livePoints {
+	for i, point := range append(livePoints, livePoints...) {
+		together = i >= len(livePoints)
 		c := tracer(t, g.pid, 1, point+"#3:fail")
 		if err := c.Wait(); err == nil || !strings.Contains(fmt.Sprint(c.Stderr), "injected fault") {
 			t.Errorf("%s: %v: %s", point, err, c.Stderr)
 		}
 	}
+	together = false
 	g.undisturbed(allThreads...)
 	sameMaps(t, before, g)
 }
@@ -605,7 +649,7 @@ func TestReportSignals(t *testing.T) {
 	for mode, want := range map[string]unix.Signal{"cont": unix.SIGCONT, "caught": 0} {
 		g := start(t, cTarget(t), "FILE", mode).waitReady()
 		err := withStopped(g.pid, func(l *Live, threads []*Thread) error {
-			v, err := l.prepare(threads[1])
+			v, err := l.prepare(threads[1], nil)
 			if err == nil && v.report != want {
 				t.Errorf("mode %s reports by %v", mode, v.report)
 			}
@@ -754,7 +798,7 @@ func TestEscaped(t *testing.T) {
 	lock(t)
 	g := startAll(t)
 	err := withStopped(g.pid, func(l *Live, threads []*Thread) error {
-		v, err := l.prepare(threads[1])
+		v, err := l.prepare(threads[1], nil)
 		if err != nil {
 			return err
 		}
@@ -968,44 +1012,57 @@ func TestSlotReuse(t *testing.T) {
 		id := ids{uint32(g.pid), uint32(th.Tid)}
 		fill := func(id ids) error {
 			var errs []error
-			for at := l.cave.start; at < l.cave.end; at += slotSize {
+			for _, at := range l.cave.slots {
 				errs = append(errs, l.cave.write(at, slotImage(&r, 0, id)))
 			}
 			return errors.Join(errs...)
 		}
 		expect := func(what string, want bool) {
 			t.Helper()
-			_, err := l.cave.take(id)
+			_, err := l.cave.take(id, nil)
 			var none *NoSlotError
 			if err == nil != want || err != nil && !errors.As(err, &none) {
 				t.Errorf("%s: taken: %v, error %v", what, err == nil, err)
 			}
 		}
-		if n := (l.cave.end - l.cave.start) / slotSize; n < 2 {
+		if n := len(l.cave.slots); n < 2 {
 			t.Errorf("%d slots", n)
+		}
+		if err := fill(id); err != nil {
+			return err
+		}
+		if l, err = NewLive(g.pid); err != nil { // finds more than behind the vdso
+			return err
+		}
+		defer l.Close()
+		if n := len(l.cave.slots); n < 4 {
+			t.Errorf("%d slots where those behind the vdso are not empty", n)
 		}
 		if err := fill(id); err != nil {
 			return err
 		}
 		expect("nothing on the stack", true)
 
-		var word [8]byte
-		if err := th.Read(r.Rsp+64, word[:]); err != nil {
+		var words [32]byte
+		if err := th.Read(r.Rsp+64, words[:]); err != nil {
 			return err
 		}
-		for at := l.cave.start; at < l.cave.end; at += slotSize {
-			frame := binary.LittleEndian.AppendUint64(nil, at+places.unmapped)
+		for _, at := range l.cave.slots {
+			var frame []byte
+			for _, word := range []uint64{r.Rsp, at + places.unmapped, 0x246, userCS64} {
+				frame = binary.LittleEndian.AppendUint64(frame, word)
+			}
 			if err := th.Write(r.Rsp+64, frame); err != nil {
 				return err
 			}
-			if _, err := l.cave.take(id); err != nil {
+			if _, err := l.cave.take(id, nil); err != nil {
 				t.Errorf("one of the slots is pointed to: %v", err)
 			}
 			if err := l.cave.abandoned(at, id.tgid); err == nil {
 				t.Error("a slot that is pointed to counts as abandoned")
 			}
 		}
-		if err := th.Write(r.Rsp+64, word[:]); err != nil {
+		if err := th.Write(r.Rsp+64, words[:]); err != nil {
 			return err
 		}
 		if err := fill(ids{id.tgid, 1}); err != nil {

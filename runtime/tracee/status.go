@@ -12,6 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Known is what a visit needs of /proc/PID/task/TID/status, for callers that have
+// read it since the thread's process was stopped.
+type Known struct {
+	Tgid, Tid uint32 // as the thread knows itself
+	Caught    uint64 // signals with a handler
+	Seccomp   uint32 // its mode
+}
+
 // ids are a thread's own view of its ids, in its innermost pid namespace.
 type ids struct{ tgid, tid uint32 }
 
