@@ -817,6 +817,9 @@ func (r *restore) finishThread(f *finishing, i int, s *tracee.Stub) error {
 			return err
 		}
 	}
+	if err := task.QueueTraps(s, f.task, i, i == f.last); err != nil {
+		return err
+	}
 	if i == f.last && !vforks(f.task) && r.users.done(f.task.MM) {
 		if err := task.UnmapService(s); err != nil {
 			return err

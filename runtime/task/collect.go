@@ -133,6 +133,9 @@ func (a *Asked) Answer() error {
 	if err := s.readPending(st); err != nil {
 		return err
 	}
+	if err := s.trapsInVfork(st.Task); err != nil {
+		return err
+	}
 	read := monotonicNow()
 	settleITimers(st.Task, st.asked-s.Now, read-st.asked)
 	return s.settleTimers(st.Task, st.asked, read)
@@ -296,9 +299,6 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 		return err
 	}
 	if err = status.Foreign(); err != nil {
-		return err
-	}
-	if err = queueable(status.SigPnd | status.ShdPnd); err != nil {
 		return err
 	}
 	rseq, err := t.Rseq()

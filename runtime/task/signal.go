@@ -2,11 +2,14 @@ package task
 
 import (
 	"encoding/binary"
+	"fmt"
+	"math"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -144,7 +147,7 @@ func restoreAltStack(b *tracee.Batch, s image.AltStack) {
 
 // restorePending adds the calls that queue signals again, in order. A task may
 // send itself any siginfo (rt_sigqueueinfo(2)). The signal of a timer is left to
-// expired, SIGSTOP to SendStops.
+// expired, SIGSTOP to SendStops, SIGTRAP to QueueTraps.
 func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, expired func(timer int32)) {
 	for _, info := range queue {
 		if id, ok := ofTimer(info, t.Timers); ok {
@@ -152,7 +155,7 @@ func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, e
 			continue
 		}
 		sig := binary.LittleEndian.Uint32(info)
-		if sig == uint32(unix.SIGSTOP) {
+		if sig == uint32(unix.SIGSTOP) || sig == uint32(unix.SIGTRAP) {
 			continue
 		}
 		if tid == 0 {
@@ -161,6 +164,63 @@ func restorePending(b *tracee.Batch, t *image.Task, tid int32, queue [][]byte, e
 			b.Add(unix.SYS_RT_TGSIGQUEUEINFO, tracee.W(t.Pid), tracee.W(tid), tracee.W(sig), b.Put(info))
 		}
 	}
+}
+
+// QueueTraps queues the SIGTRAPs that wait for thread i, and after the last thread's
+// those that wait for its process. A stub needs the signal for itself as long as it
+// runs batches, and its action, which drops what is queued if it is to be ignored:
+// so this comes after RestoreTrap, by calls that are stepped over.
+func QueueTraps(s *tracee.Stub, t *image.Task, i int, last bool) error {
+	thread, process := traps(t.Threads[i].Pending), [][]byte(nil)
+	if last {
+		process = traps(t.Pending)
+	}
+	if len(thread)+len(process) == 0 {
+		return nil
+	}
+	if err := s.SetSigMask(math.MaxUint64); err != nil {
+		return err
+	}
+	at := s.Scratch() - tracee.SigInfoSize
+	queue := func(infos [][]byte, nr uintptr, to ...uint64) error {
+		for _, info := range infos {
+			if err := s.Write(at, info); err != nil {
+				return err
+			}
+			if _, err := s.Step(nr, append(to, uint64(unix.SIGTRAP), at)...); err != nil {
+				return fmt.Errorf("pending SIGTRAP: %w", err)
+			}
+		}
+		return nil
+	}
+	pid := uint64(t.Pid)
+	if err := queue(thread, unix.SYS_RT_TGSIGQUEUEINFO, pid, uint64(t.Threads[i].Tid)); err != nil {
+		return err
+	}
+	return queue(process, unix.SYS_RT_SIGQUEUEINFO, pid)
+}
+
+// trapsInVfork refuses them where a thread waits in vfork(2): it calls that again at
+// the very last, as a stub, when they would be queued.
+func (s *Source) trapsInVfork(t *image.Task) error {
+	pending := len(traps(t.Pending))
+	for i := range t.Threads {
+		pending += len(traps(t.Threads[i].Pending))
+	}
+	if pending > 0 && slices.ContainsFunc(s.Waiting, func(w *Waiting) bool { return w != nil }) {
+		return fail.Refuse("pending SIGTRAP", "a thread of its process waits in vfork(2)", "try again when that has returned")
+	}
+	return nil
+}
+
+// traps picks the SIGTRAPs out of a queue.
+func traps(queue [][]byte) (out [][]byte) {
+	for _, info := range queue {
+		if binary.LittleEndian.Uint32(info) == uint32(unix.SIGTRAP) {
+			out = append(out, info)
+		}
+	}
+	return out
 }
 
 // readPending reads the signals that wait for a process and for each of its
@@ -214,9 +274,6 @@ func (st *State) LateSignals(threads []*tracee.Thread) (all []image.Late, err er
 		for _, info := range queue {
 			if _, timer := ofTimer(info, st.Task.Timers); timer || ofAlarm(info) {
 				continue
-			}
-			if err := queueable(1 << (binary.LittleEndian.Uint32(info) - 1)); err != nil {
-				return nil, err
 			}
 			l.Pending = append(l.Pending, info)
 		}

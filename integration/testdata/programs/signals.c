@@ -153,20 +153,49 @@ static void drain_signals(void)
 	need(sigtimedwait(&set, &info, &now) == -1 && errno == EAGAIN);
 }
 
+/* SIGTRAP, of which a tracer has need itself: one for the process, with a value,
+ * one for this thread. */
+static void queue_traps(void)
+{
+	union sigval value = { .sival_int = 4711 };
+
+	need(!sigqueue(getpid(), SIGTRAP, value));
+	need(!syscall(SYS_tgkill, getpid(), gettid(), SIGTRAP));
+}
+
+static void drain_traps(void)
+{
+	struct timespec now = { 0, 0 };
+	siginfo_t info;
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGTRAP);
+	need(sigtimedwait(&set, &info, &now) == SIGTRAP);
+	need(info.si_code == SI_USER && info.si_pid == getpid());
+	need(sigtimedwait(&set, &info, &now) == SIGTRAP);
+	need(info.si_code == SI_QUEUE && info.si_value.sival_int == 4711);
+	need(sigtimedwait(&set, &info, &now) == -1 && errno == EAGAIN);
+}
+
 static void make_pending(void)
 {
 	sigset_t set;
 
 	sigemptyset(&set);
 	sigaddset(&set, QUEUED);
+	sigaddset(&set, SIGTRAP);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	queue_signals();
+	queue_traps();
 }
 
 static void check_pending(void)
 {
 	drain_signals();
 	queue_signals();
+	drain_traps();
+	queue_traps();
 }
 
 /* --- interval timers --- */
