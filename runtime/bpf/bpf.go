@@ -10,12 +10,14 @@ package bpf
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -36,22 +38,29 @@ type Question struct {
 	iter    *link.Iter
 }
 
-// kernel knows the structures of the running kernel.
-type kernel struct{ spec *btf.Spec }
-
 // load assembles the body of a question about every task, or "task_file", between
 // a prologue, which says about
 // whom it is, and the end. The body finds the task in R7 and the sequence file
 // to print to in R9, and may use everything but these.
+//
+// What was remembered of the kernel is found out anew where that does not do.
 func load(name, over string, whom, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
 	if off {
 		return nil, ErrOff
 	}
-	spec, err := btf.LoadKernelSpec()
-	if err != nil {
-		return nil, fmt.Errorf("type information of the kernel: %w", err)
+	var first error
+	for _, k := range []*kernel{remembered(), {}} {
+		q, err := k.load(name, over, whom, body)
+		if err == nil {
+			k.keep()
+			return q, nil
+		}
+		first = cmp.Or(first, err)
 	}
-	k := &kernel{spec}
+	return nil, first
+}
+
+func (k *kernel) load(name, over string, whom, body func(k *kernel) (asm.Instructions, error)) (*Question, error) {
 	begin, err := whom(k)
 	if err != nil {
 		return nil, err
@@ -60,14 +69,11 @@ func load(name, over string, whom, body func(k *kernel) (asm.Instructions, error
 	if err != nil {
 		return nil, err
 	}
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: name, Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: over, License: license,
-		Instructions: slices.Concat(begin, ask, end()),
-	})
+	iter, err := k.iterator(over)
 	if err != nil {
-		return nil, fmt.Errorf("load a program that reads tasks: %w", err)
+		return nil, err
 	}
-	return attach(program)
+	return loadRaw(name, iter, slices.Concat(begin, ask, end()))
 }
 
 const license = "Dual MIT/GPL"
@@ -166,28 +172,45 @@ func (k *kernel) traced() (asm.Instructions, error) {
 
 // offset finds a member of a structure, through structures without a name.
 func (k *kernel) offset(name string, path ...string) (int32, error) {
-	var s *btf.Struct
-	if err := k.spec.TypeByName(name, &s); err != nil {
-		return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
-	}
-	at, t := int32(0), btf.Type(s)
-	for _, want := range path {
-		m, off, ok := member(t, want)
-		if !ok {
-			return 0, fmt.Errorf("structure %s of this kernel has no %v", name, path)
+	return k.number(name+"."+strings.Join(path, "."), func(spec *btf.Spec) (int32, error) {
+		var s *btf.Struct
+		if err := spec.TypeByName(name, &s); err != nil {
+			return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
 		}
-		at, t = at+off, m
-	}
-	return at, nil
+		at, t := int32(0), btf.Type(s)
+		for _, want := range path {
+			m, off, ok := member(t, want)
+			if !ok {
+				return 0, fmt.Errorf("structure %s of this kernel has no %v", name, path)
+			}
+			at, t = at+off, m
+		}
+		return at, nil
+	})
 }
 
 // sizeOf is the size of a structure.
 func (k *kernel) sizeOf(name string) (int32, error) {
-	var s *btf.Struct
-	if err := k.spec.TypeByName(name, &s); err != nil {
-		return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
-	}
-	return int32(s.Size), nil
+	return k.number(name, func(spec *btf.Spec) (int32, error) {
+		var s *btf.Struct
+		if err := spec.TypeByName(name, &s); err != nil {
+			return 0, fmt.Errorf("structure %s of this kernel: %w", name, err)
+		}
+		return int32(s.Size), nil
+	})
+}
+
+// iterator is the number that an iterator has in BTF.
+func (k *kernel) iterator(over string) (btf.TypeID, error) {
+	id, err := k.number("iterator "+over, func(spec *btf.Spec) (int32, error) {
+		var f *btf.Func
+		if err := spec.TypeByName("bpf_iter_"+over, &f); err != nil {
+			return 0, fmt.Errorf("iterator of this kernel: %w", err)
+		}
+		id, err := spec.TypeID(f)
+		return int32(id), err
+	})
+	return btf.TypeID(id), err
 }
 
 // offsets finds many, each by the name of a structure and the path in it.

@@ -2,14 +2,18 @@ package bpf
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -22,14 +26,80 @@ import (
 // host boots again. Only root can look into it.
 var factsDir = "/run/ocickpt"
 
-// landlockFacts are what takes long to find out for the question about Landlock:
-// numbers only, that are the same until the host boots again.
-type landlockFacts struct {
-	Boot string // which boot they hold for
-	Iter btf.TypeID
-	// Where members of structures are, and the domain in what security modules share.
-	Pid, Tgid, Cred, Security int32
-	Place                     uint64
+// facts are what takes long to find out about the running kernel: numbers, that
+// are the same until the host boots again.
+type facts struct {
+	Boot    string // which boot they hold for
+	Numbers map[string]int32
+	Sum     [sha256.Size]byte // over the numbers
+}
+
+// none is the number of what this kernel does not have.
+const none = -1
+
+// kernel knows the structures of the running kernel. Its type information (BTF),
+// which takes tens of milliseconds to read, is needed only for what nobody has
+// asked before.
+type kernel struct {
+	known   map[string]int32
+	learned bool // more than was remembered
+}
+
+// number is one that is known, or found out.
+func (k *kernel) number(name string, find func(*btf.Spec) (int32, error)) (int32, error) {
+	if n, ok := k.known[name]; ok && n != none {
+		return n, nil
+	} else if ok {
+		return 0, fmt.Errorf("this kernel has no %s", name)
+	}
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return 0, fmt.Errorf("type information of the kernel: %w", err)
+	}
+	n, err := find(spec)
+	if err != nil {
+		k.learn(name, none)
+		return 0, err
+	}
+	k.learn(name, n)
+	return n, nil
+}
+
+func (k *kernel) learn(name string, n int32) {
+	if k.known == nil {
+		k.known = map[string]int32{}
+	}
+	k.known[name], k.learned = n, true
+}
+
+// remembered is what is kept of this kernel, which may be nothing.
+func remembered() *kernel {
+	f, err := readFacts()
+	if err != nil {
+		return &kernel{}
+	}
+	return &kernel{known: f.Numbers}
+}
+
+// keeping keeps two of us from forgetting what the other has learned. (Of two
+// processes the last one's is kept: the other learns it again.)
+var keeping sync.Mutex
+
+// keep keeps what was found out, if it can.
+func (k *kernel) keep() {
+	if !k.learned {
+		return
+	}
+	keeping.Lock()
+	defer keeping.Unlock()
+	f, err := readFacts()
+	if err != nil {
+		f.Numbers = map[string]int32{}
+	}
+	maps.Copy(f.Numbers, k.known)
+	if f.save() == nil {
+		k.learned = false
+	}
 }
 
 func bootID() (string, error) {
@@ -37,13 +107,23 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(id)), err
 }
 
-func factsFile() string { return filepath.Join(factsDir, "landlock.json") }
+func factsFile() string { return filepath.Join(factsDir, "kernel.json") }
+
+// sum is over the numbers in the order of their names.
+func (f *facts) sum() [sha256.Size]byte {
+	h := sha256.New()
+	for _, name := range slices.Sorted(maps.Keys(f.Numbers)) {
+		fmt.Fprintf(h, "%s %d\n", name, f.Numbers[name])
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
 
 // save keeps the facts. Whoever reads them meanwhile sees all or nothing.
-func (f landlockFacts) save() (err error) {
+func (f *facts) save() (err error) {
 	if f.Boot, err = bootID(); err != nil {
 		return err
 	}
+	f.Sum = f.sum()
 	text, err := json.Marshal(f)
 	if err != nil {
 		return err
@@ -54,7 +134,7 @@ func (f landlockFacts) save() (err error) {
 	if err := private(factsDir, unix.S_IFDIR); err != nil {
 		return err
 	}
-	t, err := os.CreateTemp(factsDir, "landlock-") // for its owner only
+	t, err := os.CreateTemp(factsDir, "kernel-") // for its owner only
 	if err != nil {
 		return err
 	}
@@ -81,7 +161,7 @@ func private(path string, kind uint32) error {
 }
 
 // readFacts reads those of this boot.
-func readFacts() (f landlockFacts, err error) {
+func readFacts() (f facts, err error) {
 	if err := private(factsDir, unix.S_IFDIR); err != nil {
 		return f, err
 	}
@@ -93,7 +173,7 @@ func readFacts() (f landlockFacts, err error) {
 		return f, err
 	}
 	defer r.Close()
-	const most = 1 << 10
+	const most = 64 << 10
 	text, err := io.ReadAll(io.LimitReader(r, most))
 	if err == nil {
 		err = json.Unmarshal(text, &f)
@@ -102,53 +182,15 @@ func readFacts() (f landlockFacts, err error) {
 	if err = errors.Join(err, e); err != nil {
 		return f, err
 	}
-	if f.Boot != boot || f.Iter == 0 || f.Place%8 != 0 || f.Place >= 8*words {
+	if f.Boot != boot || f.Sum != f.sum() {
 		return f, errors.New("not what is known of this kernel")
-	}
-	for _, at := range []int32{f.Pid, f.Tgid, f.Cred, f.Security} {
-		if at < 0 || at > 1<<15-1 { // as far as an instruction reaches
-			return f, errors.New("not what is known of this kernel")
-		}
 	}
 	return f, nil
 }
 
-// remembered makes the question of what is kept. That it finds a thread in a
-// domain, and not our main thread, is tried each time, as a wrong place could
-// let confined threads pass.
-func remembered() (*Landlock, error) {
-	facts, err := readFacts()
-	if err != nil {
-		return nil, err
-	}
-	l, err := unplaced()
-	if err != nil {
-		return nil, err
-	}
-	l.facts = facts
-	if err = l.put(facts.Place); err == nil {
-		begin, _ := (*kernel).everyone(nil)
-		l.Question, err = loadRaw(facts.Iter, append(append(begin, l.body()...), end()...))
-	}
-	if err != nil {
-		return nil, errors.Join(err, l.place.Close())
-	}
-	err = whileConfined(func(tid int) error {
-		tids, err := l.Threads()
-		if err == nil && (!tids[tid] || tids[os.Getpid()]) {
-			err = errors.New("what is known of this kernel is wrong")
-		}
-		return err
-	})
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
-}
-
 // loadRaw loads a program for an iterator whose number in BTF is known, which
 // the library would read all BTF for.
-func loadRaw(iter btf.TypeID, ins asm.Instructions) (*Question, error) {
+func loadRaw(name string, iter btf.TypeID, ins asm.Instructions) (*Question, error) {
 	var code bytes.Buffer
 	// As all the machines have it that this runs on; another refuses the program.
 	if err := ins.Marshal(&code, binary.LittleEndian); err != nil {
@@ -175,7 +217,7 @@ func loadRaw(iter btf.TypeID, ins asm.Instructions) (*Question, error) {
 		code: unsafe.Pointer(&text[0]), license: unsafe.Pointer(&gpl[0]),
 		attachType: uint32(ebpf.AttachTraceIter), attachTo: uint32(iter),
 	}
-	copy(attr.name[:], "landlock")
+	copy(attr.name[:unix.BPF_OBJ_NAME_LEN-1], name)
 	var fd uintptr
 	errno := unix.EAGAIN
 	for try := 0; errno == unix.EAGAIN && try < 5; try++ { // a signal ends the verification

@@ -11,7 +11,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,59 +30,73 @@ const words = 11
 type Landlock struct {
 	*Question
 	place *ebpf.Map // where the domain is; all ones before that is known
-	facts landlockFacts
 }
 
-// NewLandlock prepares the question, as it was found out before since the host
-// booted, or anew.
+// unplaced stands for a place that is not known.
+const unplaced = ^uint64(0)
+
+// placeName is what the place is remembered by.
+const placeName = "place of Landlock domains"
+
+// NewLandlock prepares the question. No file and no system call tells: the
+// domain is a pointer in the part of a thread's credentials that security
+// modules share, at a place that depends on which of them the kernel has. So a
+// thread of our own enters a domain first, to see which word that changes, or,
+// where the place is known since the host booted, whether it is right, as a wrong
+// one could let confined threads pass.
 func NewLandlock() (*Landlock, error) {
 	if off {
 		return nil, ErrOff
 	}
-	l, err := remembered()
-	if err == nil {
-		return l, nil
-	}
-	if l, err = learnLandlock(); err == nil {
-		_ = l.facts.save() // or the next finds it out again
-	}
-	return l, err
-}
-
-// unplaced makes a question that does not know its place.
-func unplaced() (*Landlock, error) {
 	place, err := ebpf.NewMap(&ebpf.MapSpec{Name: "place", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 	if err != nil {
 		return nil, fmt.Errorf("make a map: %w", err)
 	}
-	return &Landlock{place: place}, nil
-}
-
-// learnLandlock finds everything out. No file and no system call tells: the
-// domain is a pointer in the part of a thread's credentials that security
-// modules share, at a place that depends on which of them the kernel has. So a
-// thread of our own enters a domain first, to see which word that changes. One
-// program does both, as loading is what takes time.
-func learnLandlock() (*Landlock, error) {
-	l, err := unplaced()
-	if err != nil {
-		return nil, err
-	}
-	if err := l.put(^uint64(0)); err != nil {
+	l := &Landlock{place: place}
+	if l.Question, err = load("landlock", "task", (*kernel).everyone, l.body); err != nil {
 		return nil, errors.Join(err, l.place.Close())
 	}
-	if l.Question, err = load("landlock", "task", (*kernel).everyone, l.look); err != nil {
-		return nil, errors.Join(err, l.place.Close())
+	k := remembered()
+	if at, ok := k.known[placeName]; ok && at >= 0 && at%8 == 0 && at < 8*words && l.holds(uint64(at)) {
+		return l, nil
 	}
-	at, err := l.find()
-	if err == nil {
-		l.facts.Place = at
-		err = l.put(at)
-	}
-	if err != nil {
+	if err := l.learn(k); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// learn finds the place.
+func (l *Landlock) learn(k *kernel) error {
+	if err := l.put(unplaced); err != nil {
+		return err
+	}
+	at, err := l.find()
+	if err != nil {
+		return err
+	}
+	if !l.holds(at) {
+		return errors.New("the place of Landlock domains changes")
+	}
+	k.learn(placeName, int32(at))
+	k.keep()
+	return nil
+}
+
+// holds reports that the domain of a thread of ours is found at a place, and none
+// of our main thread.
+func (l *Landlock) holds(at uint64) bool {
+	if l.put(at) != nil {
+		return false
+	}
+	err := whileConfined(func(tid int) error {
+		tids, err := l.Threads()
+		if err == nil && (!tids[tid] || tids[os.Getpid()]) {
+			err = errors.New("it is wrong")
+		}
+		return err
+	})
+	return err == nil
 }
 
 func (l *Landlock) put(place uint64) error { return l.place.Put(uint32(0), place) }
@@ -129,37 +142,20 @@ func (l *Landlock) find() (at uint64, err error) {
 	return 0, errors.New("the place of Landlock domains cannot be told")
 }
 
-// look finds the places of what body reads.
-func (l *Landlock) look(k *kernel) (asm.Instructions, error) {
-	for at, f := range map[*int32][2]string{
-		&l.facts.Pid: {"task_struct", "pid"}, &l.facts.Tgid: {"task_struct", "tgid"},
-		&l.facts.Cred: {"task_struct", "cred"}, &l.facts.Security: {"cred", "security"},
-	} {
-		off, err := k.offset(f[0], f[1])
-		if err != nil {
-			return nil, err
-		}
-		*at = off
-	}
-	var iter *btf.Func
-	err := k.spec.TypeByName("bpf_iter_task", &iter)
-	if err == nil {
-		l.facts.Iter, err = k.spec.TypeID(iter)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("iterator of this kernel: %w", err)
-	}
-	return l.body(), nil
-}
-
 // body prints the words of our own threads while the place is not known, and
 // then the threads that have one there.
-func (l *Landlock) body() asm.Instructions {
+func (l *Landlock) body(k *kernel) (asm.Instructions, error) {
+	at, err := k.offsets(map[string][]string{
+		"pid": {"task_struct", "pid"}, "tgid": {"task_struct", "tgid"},
+		"cred": {"task_struct", "cred"}, "security": {"cred", "security"},
+	})
+	if err != nil {
+		return nil, err
+	}
 	const (
 		data = -8 * (words + 1)
 		key  = data - 8
 	)
-	pid, tgid, cred, security := l.facts.Pid, l.facts.Tgid, l.facts.Cred, l.facts.Security
 	ins := asm.Instructions{
 		asm.Mov.Imm(asm.R1, 0), asm.StoreMem(asm.RFP, key, asm.R1, asm.DWord),
 		asm.LoadMapPtr(asm.R1, l.place.FD()),
@@ -167,10 +163,10 @@ func (l *Landlock) body() asm.Instructions {
 		asm.FnMapLookupElem.Call(),
 		asm.JEq.Imm(asm.R0, 0, endOfProgram),
 		asm.LoadMem(asm.R8, asm.R0, 0, asm.DWord),
-		asm.LoadMem(asm.R1, asm.R7, int16(pid), asm.Word),
+		asm.LoadMem(asm.R1, asm.R7, int16(at["pid"]), asm.Word),
 		asm.StoreMem(asm.RFP, data, asm.R1, asm.DWord),
-		asm.LoadMem(asm.R3, asm.R7, int16(cred), asm.DWord),
-		asm.LoadMem(asm.R3, asm.R3, int16(security), asm.DWord),
+		asm.LoadMem(asm.R3, asm.R7, int16(at["cred"]), asm.DWord),
+		asm.LoadMem(asm.R3, asm.R3, int16(at["security"]), asm.DWord),
 		asm.JEq.Imm(asm.R3, 0, endOfProgram),
 		asm.Mov.Reg(asm.R1, asm.RFP), asm.Add.Imm(asm.R1, data+8),
 		asm.JEq.Imm(asm.R8, -1, "find"),
@@ -189,11 +185,11 @@ func (l *Landlock) body() asm.Instructions {
 		asm.Mov.Imm(asm.R2, 8*words).WithSymbol("find"),
 		asm.FnProbeReadKernel.Call(),
 		asm.JNE.Imm(asm.R0, 0, endOfProgram),
-		asm.LoadMem(asm.R8, asm.R7, int16(tgid), asm.Word),
+		asm.LoadMem(asm.R8, asm.R7, int16(at["tgid"]), asm.Word),
 		asm.FnGetCurrentPidTgid.Call(), // our pid as BPF knows it, not as our pid namespace does
 		asm.RSh.Imm(asm.R0, 32),
 		asm.JNE.Reg(asm.R0, asm.R8, endOfProgram))
-	return append(ins, print("%d"+strings.Repeat(" %llx", words)+"\n", data, words+1)...)
+	return append(ins, print("%d"+strings.Repeat(" %llx", words)+"\n", data, words+1)...), nil
 }
 
 // whileConfined calls f while a thread, which ends afterwards, is in a domain

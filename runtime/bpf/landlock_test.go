@@ -3,6 +3,7 @@ package bpf
 import (
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -22,68 +23,77 @@ func TestLandlock(t *testing.T) {
 		t.Fatal("this kernel has no Landlock")
 	}
 	keepFacts(t)
-	if q, err := remembered(); err == nil {
-		t.Error("remembered what was not kept")
-		_ = q.Close()
+	if k := remembered(); len(k.known) > 0 {
+		t.Errorf("remembered what was not kept: %v", k.known)
 	}
-	q, err := NewLandlock()
-	if err != nil {
-		t.Fatal(err)
+	for _, how := range []string{"learned", "remembered"} {
+		q, err := NewLandlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Run(how, func(t *testing.T) { testLandlock(t, q) })
+		if _, ok := remembered().known[placeName]; !ok {
+			t.Errorf("%s: not remembered", how)
+		}
 	}
-	t.Run("learned", func(t *testing.T) { testLandlock(t, q) })
-	if q, err = remembered(); err != nil {
-		t.Fatal(err)
-	}
-	t.Run("remembered", func(t *testing.T) { testLandlock(t, q) })
 }
 
 // Facts that are damaged or wrong, of another boot or others' are not relied on.
-func TestLandlockForgets(t *testing.T) {
+func TestForgets(t *testing.T) {
 	keepFacts(t)
 	q, err := NewLandlock()
 	if err != nil {
 		t.Fatal(err)
 	}
-	facts := q.facts
 	_ = q.Close()
-	keep := func(change func(f *landlockFacts)) func() error {
+	good, err := readFacts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(f facts) error {
+		text, err := json.Marshal(f)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(factsFile(), text, 0o600)
+	}
+	// wrong keeps a number that is not true, as if it had been found out.
+	wrong := func(name string, n int32) func() error {
 		return func() error {
-			f, err := readFacts()
-			if err != nil {
-				return err
-			}
-			change(&f)
-			text, err := json.Marshal(f)
-			if err != nil {
-				return err
-			}
-			return os.WriteFile(factsFile(), text, 0o600)
+			f := facts{Boot: good.Boot, Numbers: maps.Clone(good.Numbers)}
+			f.Numbers[name] = n
+			f.Sum = f.sum()
+			return write(f)
 		}
 	}
-	for name, spoil := range map[string]func() error{
-		"another boot":    keep(func(f *landlockFacts) { f.Boot = "another" }),
-		"no pointer":      keep(func(f *landlockFacts) { f.Security = 0 }), // where cred counts its users
-		"a far place":     keep(func(f *landlockFacts) { f.Place = 8 * words }),
-		"another member":  keep(func(f *landlockFacts) { f.Cred += 4 }),
-		"a far member":    keep(func(f *landlockFacts) { f.Cred = 1 << 20 }),
-		"others' file":    func() error { return os.Chmod(factsFile(), 0o644) },
-		"others' folder":  func() error { return os.Chmod(factsDir, 0o755) },
-		"nothing in it":   func() error { return os.Truncate(factsFile(), 0) },
-		"half of it":      func() error { return os.Truncate(factsFile(), 20) },
-		"another program": keep(func(f *landlockFacts) { f.Iter++ }),
-	} {
-		if err := errors.Join(os.RemoveAll(factsDir), facts.save(), spoil()); err != nil {
+	unread := map[string]func() error{
+		"another boot":   func() error { return write(facts{"another", good.Numbers, good.Sum}) },
+		"another number": func() error { return write(facts{good.Boot, map[string]int32{"cred.security": 8}, good.Sum}) },
+		"others' file":   func() error { return os.Chmod(factsFile(), 0o644) },
+		"others' folder": func() error { return os.Chmod(factsDir, 0o755) },
+		"nothing in it":  func() error { return os.Truncate(factsFile(), 0) },
+		"half of it":     func() error { return os.Truncate(factsFile(), 20) },
+	}
+	spoils := maps.Clone(unread)
+	maps.Copy(spoils, map[string]func() error{
+		"a far place":     wrong(placeName, 8*words),
+		"another place":   wrong(placeName, good.Numbers[placeName]^8),
+		"a far member":    wrong("task_struct.cred", 1<<20),
+		"another program": wrong("iterator task", good.Numbers["iterator task"]+1),
+	})
+	for name, spoil := range spoils {
+		if err := errors.Join(os.RemoveAll(factsDir), good.save(), spoil()); err != nil {
 			t.Fatal(err)
 		}
-		if q, err := remembered(); err == nil {
+		if k := remembered(); unread[name] != nil && len(k.known) > 0 {
 			t.Errorf("%s: relied on", name)
-			_ = q.Close()
 		}
-		if q, err := NewLandlock(); err != nil {
+		q, err := NewLandlock()
+		if err != nil {
 			t.Errorf("%s: %v", name, err)
-		} else {
-			_ = q.Close()
+			continue
 		}
+		t.Run(name, func(t *testing.T) { testLandlock(t, q) })
 	}
 }
 

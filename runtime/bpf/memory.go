@@ -7,7 +7,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,7 +15,7 @@ import (
 // here than by a program, whose loops the kernel wants to see the end of. The
 // program is run by bpf(2) itself (BPF_PROG_TYPE_SYSCALL, Linux 5.14).
 type memory struct {
-	kernel
+	*kernel
 	program *ebpf.Program
 	answers *ebpf.Map
 	answer  *ebpf.Memory // of the map
@@ -35,11 +34,7 @@ func newMemory() (*memory, error) {
 	if off {
 		return nil, ErrOff
 	}
-	spec, err := btf.LoadKernelSpec()
-	if err != nil {
-		return nil, fmt.Errorf("type information of the kernel: %w", err)
-	}
-	m := &memory{kernel: kernel{spec}}
+	m := &memory{kernel: remembered()}
 	if err := m.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("load a program that reads the kernel's memory: %w", err), m.Close())
 	}
@@ -82,7 +77,10 @@ func (m *memory) load() (err error) {
 	return err
 }
 
-func (m *memory) Close() error { return errors.Join(m.program.Close(), m.answers.Close()) }
+func (m *memory) Close() error {
+	m.keep()
+	return errors.Join(m.program.Close(), m.answers.Close())
+}
 
 // read copies n bytes from an address.
 func (m *memory) read(addr uint64, n int) ([]byte, error) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/btf"
 )
 
 // VforkParent is what the kernel keeps of a thread that waits in vfork(2) for its
@@ -124,11 +123,8 @@ func (k *kernel) fpu() (int32, error) {
 	if at, err := k.offset("task_struct", "thread", "fpu"); err == nil {
 		return at + in, nil
 	}
-	var s *btf.Struct
-	if err := k.spec.TypeByName("task_struct", &s); err != nil {
-		return 0, err
-	}
-	return int32(s.Size) + in, nil
+	size, err := k.sizeOf("task_struct")
+	return size + in, err
 }
 
 // vforkProgram puts out, for each task whose parent is to be found, 1 with both
