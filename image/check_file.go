@@ -267,7 +267,7 @@ func checkRemovedFile(i *Removed) error {
 	case (i.Target != "") != (format == formatLink):
 		return errors.New("a symbolic link without a target, or a target of another file")
 	}
-	return nil
+	return checkXattrs(i.Xattrs)
 }
 
 // checkTTY checks one side of a terminal, or /dev/tty of the process Pid.

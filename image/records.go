@@ -674,6 +674,8 @@ type Removed struct {
 	Unnamed bool   `cbor:"9,keyasint,omitempty"`  // open(2) with O_TMPFILE
 	Link    string `cbor:"10,keyasint,omitempty"` // a name that it still has: no bytes follow
 	Target  string `cbor:"11,keyasint,omitempty"` // of a symbolic link
+
+	Xattrs []Xattr `cbor:"40,keyasint,omitempty"` // of one without Link
 }
 
 // Pipe is the buffer behind the ends of a pipe or fifo. Its bytes follow as

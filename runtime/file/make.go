@@ -791,6 +791,9 @@ func (m *Maker) Seal() error {
 	if err := m.endFilling(); err != nil {
 		return err
 	}
+	if err := m.restoreXattrs(); err != nil {
+		return err
+	}
 	var b tracee.Batch
 	m.stamp(&b)
 	for _, ref := range Refs(m.head) {

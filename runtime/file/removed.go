@@ -16,6 +16,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -93,7 +94,9 @@ func (s *Set) remove(path string, st *unix.Stat_t, link string) (*removed, error
 	default:
 		return nil, fail.Refuse("", "the device node was deleted while open", "close it before the checkpoint")
 	}
-	return r, nil
+	var err error
+	r.record.Xattrs, err = tmpfs.Xattrs(link, s.IDs)
+	return r, err
 }
 
 // readlinkOpen reads the symbolic link that a descriptor was opened on, which
@@ -132,7 +135,7 @@ func (s *Set) findNames() {
 			continue
 		}
 		if r.record.Link = s.otherName(dir, &r.stat); r.record.Link != "" {
-			r.record.Size = 0
+			r.record.Size, r.record.Xattrs = 0, nil
 		} else if !s.overlaid(dir) {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("%s has lost this name, and its other %d were not found: it is restored as a file of its own", r.record.Path, r.stat.Nlink))
 		}
@@ -536,4 +539,33 @@ func (m *Maker) stamp(b *tracee.Batch) {
 		}
 		b.Add(unix.SYS_UTIMENSAT, tracee.W(m.anchors[ref]), b.String(""), b.Put(times), tracee.W(unix.AT_EMPTY_PATH))
 	}
+}
+
+// restoreXattrs gives the files without a name their extended attributes, once they
+// are filled: a write takes capabilities away. What would raise rights, or takes
+// them, the bundle's own process must be able to give.
+func (m *Maker) restoreXattrs() error {
+	for _, ref := range Refs(m.head) {
+		rec := m.head.Removed(ref)
+		if rec == nil || rec.Link != "" {
+			continue
+		}
+		for _, x := range rec.Xattrs {
+			as := m.AsItself
+			if !strings.HasPrefix(x.Name, "user.") && !strings.HasPrefix(x.Name, "system.") {
+				as = m.AsBundle
+			}
+			var i int
+			b, err := as(func(b *tracee.Batch) {
+				i = b.Try(unix.SYS_SETXATTR, b.String(fmt.Sprintf("/proc/self/fd/%d", m.anchors[ref])), b.String(x.Name), b.Put(x.Value), tracee.W(len(x.Value)), tracee.W(0))
+			})
+			if err != nil {
+				return err
+			}
+			if err := b.Err(i); err != nil {
+				m.Warn("an extended attribute of a deleted file is left out", "path", rec.Path, "name", x.Name, "error", err)
+			}
+		}
+	}
+	return nil
 }

@@ -327,26 +327,40 @@ func (n *inode) complete() {
 	}
 }
 
-// xattrs reads extended attributes but for the labels of security modules,
-// which the host's policy gives anew.
-func (t *Tree) xattrs(link string) (out []image.Xattr, err error) {
+// xattrs reads the extended attributes of an entry.
+func (t *Tree) xattrs(entry string) ([]image.Xattr, error) {
 	if t.buf == nil {
-		t.buf = make([]byte, 64<<10) // XATTR_LIST_MAX, and XATTR_SIZE_MAX
+		t.buf = make([]byte, xattrMost)
 	}
-	n, err := unix.Llistxattr(link, t.buf)
-	if err != nil || n == 0 {
+	return readXattrs(unix.Llistxattr, unix.Lgetxattr, entry, t.ids, t.buf)
+}
+
+// Xattrs reads the extended attributes of what a link in /proc leads to.
+func Xattrs(link string, ids IDs) ([]image.Xattr, error) {
+	return readXattrs(unix.Listxattr, unix.Getxattr, link, ids, make([]byte, xattrMost))
+}
+
+const xattrMost = 64 << 10 // XATTR_LIST_MAX, and XATTR_SIZE_MAX
+
+// readXattrs reads extended attributes but for the labels of security modules,
+// which the host's policy gives anew.
+func readXattrs(list func(string, []byte) (int, error), get func(string, string, []byte) (int, error), path string, ids IDs, buf []byte) (out []image.Xattr, err error) {
+	n, err := list(path, buf)
+	if errors.Is(err, unix.ENOTSUP) || err == nil && n == 0 {
+		return nil, nil
+	}
+	if err != nil {
 		return nil, err
 	}
-	for _, name := range strings.Split(strings.TrimSuffix(string(t.buf[:n]), "\x00"), "\x00") {
+	for _, name := range strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
 		if strings.HasPrefix(name, "security.") && name != capability {
 			continue
 		}
-		n, err := unix.Lgetxattr(link, name, t.buf)
+		n, err := get(path, name, buf)
 		if err != nil {
 			return nil, fmt.Errorf("extended attribute %s: %w", name, err)
 		}
-		x := image.Xattr{Name: name, Value: t.inside(name, slices.Clone(t.buf[:n]))}
-		out = append(out, x)
+		out = append(out, image.Xattr{Name: name, Value: inside(ids, name, slices.Clone(buf[:n]))})
 	}
 	return out, nil
 }
@@ -361,7 +375,7 @@ const (
 // (linux/posix_acl_xattr.h) hold some in the entries for named users and groups.
 // File capabilities made in a user namespace show the host that namespace's
 // root (struct vfs_ns_cap_data); those inside write the form without it.
-func (t *Tree) inside(name string, value []byte) []byte {
+func inside(ids IDs, name string, value []byte) []byte {
 	const (
 		aclHeader, aclEntry, aclUser, aclGroup = 4, 8, 2, 8
 
@@ -375,12 +389,12 @@ func (t *Tree) inside(name string, value []byte) []byte {
 			id := value[at+4:]
 			switch le.Uint16(value[at:]) {
 			case aclUser:
-				le.PutUint32(id, t.ids.User(le.Uint32(id)))
+				le.PutUint32(id, ids.User(le.Uint32(id)))
 			case aclGroup:
-				le.PutUint32(id, t.ids.Group(le.Uint32(id)))
+				le.PutUint32(id, ids.Group(le.Uint32(id)))
 			}
 		}
-	case name == capability && len(value) > sizeRevision2 && le.Uint32(value)&capRevisionMask == capRevision3 && t.ids.User(le.Uint32(value[sizeRevision2:])) == 0:
+	case name == capability && len(value) > sizeRevision2 && le.Uint32(value)&capRevisionMask == capRevision3 && ids.User(le.Uint32(value[sizeRevision2:])) == 0:
 		le.PutUint32(value, le.Uint32(value)&^capRevisionMask|capRevision2)
 		value = value[:sizeRevision2]
 	}

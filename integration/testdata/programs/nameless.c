@@ -6,6 +6,8 @@
  */
 #include "hold.h"
 
+#include <sys/xattr.h>
+
 #include <sys/vfs.h>
 
 static struct held {
@@ -141,6 +143,7 @@ static void make_huge(void)
 	need(pwrite(huge_fd, "low", 3, 0) == 3);
 	need(pwrite(huge_fd, "high", 4, HUGE_AT) == 4);
 	need(!ftruncate(huge_fd, HUGE_AT + (1 << 20)));
+	need(!fsetxattr(huge_fd, "user.note", "a\0b", 3, 0));
 	need(!unlink("/out/nameless.huge"));
 	need(!fsync(huge_fd) && !futimens(huge_fd, past));
 	huge_blocks = st_of(huge_fd).st_blocks;
@@ -150,11 +153,14 @@ static void make_huge(void)
 static void check_huge(void)
 {
 	struct stat st = st_of(huge_fd);
+	char note[8];
 
 	need(st.st_size == HUGE_AT + (1 << 20) && !st.st_nlink);
 	need(st.st_mtim.tv_sec == past[1].tv_sec &&
 	     st.st_mtim.tv_nsec == past[1].tv_nsec);
 	need(st.st_blocks <= huge_blocks + 16);
+	need(fgetxattr(huge_fd, "user.note", note, 8) == 3);
+	need(!memcmp(note, "a\0b", 3));
 	expect(huge_fd, 0, "low");
 	expect(huge_fd, HUGE_AT, "high");
 }
