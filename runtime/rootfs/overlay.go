@@ -31,11 +31,13 @@ func openOverlay(mount *image.Mount) (Source, error) {
 	if name == "" {
 		return nil, fail.Refuse("root file system", "its overlay has no upper directory", "leave out --rootfs-diff: nothing can have changed in it")
 	}
+	const remedy = "use a manifest of its root as it was (ocickpt manifest, --rootfs-manifest)"
+	if !path.IsAbs(name) {
+		return nil, fail.Refuse("root file system", "the upper directory of its overlay, "+name+", is a relative path: from where is not known", remedy)
+	}
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil || !path.IsAbs(name) {
-		return nil, fail.On("root file system", &fail.Error{
-			Cause: fmt.Errorf("the overlay's upper directory %s cannot be opened from here: %w", name, errors.Join(err)), Remedy: "use a manifest of its lower ones (ocickpt manifest, --rootfs-manifest)",
-		})
+	if err != nil {
+		return nil, &fail.Error{Object: "root file system", Cause: fmt.Errorf("the upper directory of its overlay cannot be opened from here: %w", err), Remedy: remedy}
 	}
 	o := &overlay{upper: f, attrs: "trusted.overlay."}
 	if slices.Contains(strings.Split(mount.Super, ","), "userxattr") {
@@ -60,7 +62,7 @@ func (o *overlay) Select(root *os.File) (tmpfs.Selection, error) {
 			return o, nil
 		}
 	}
-	return nil, fail.Refuse("root file system", o.upper.Name()+" is not the upper directory of its overlay here", "use a manifest (ocickpt manifest, --rootfs-manifest)")
+	return nil, fail.Refuse("root file system", o.upper.Name()+" is not the upper directory of its overlay here", "use a manifest of its root as it was (ocickpt manifest, --rootfs-manifest)")
 }
 
 // Directory: what stands in the upper directory has changed.
