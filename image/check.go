@@ -126,7 +126,8 @@ func checkContainer(c *Container) error {
 	if n := c.UTS; n != nil && (len(n.Hostname) > maxHostname || len(n.Domainname) > maxHostname) {
 		return fmt.Errorf("its names are longer than %d bytes", maxHostname)
 	}
-	return checkSubs(c.Subs)
+	_, err := c.OwnMounts()
+	return first(err, checkSubs(c.Subs))
 }
 
 // maxSubs bounds the cgroups below a container's own.

@@ -25,6 +25,13 @@ const (
 	formatSock  = 0o140000
 )
 
+// fileSystem is where one is mounted, and which mount it is where that is the
+// container's own.
+type fileSystem struct {
+	point string
+	mnt   int32
+}
+
 // place is where an inode stands: below which root, and how long its path is.
 type place struct {
 	root   Ref
@@ -49,6 +56,8 @@ func (b *builder) checkInode(n *Inode) error {
 		return errors.New("an inode has either names or a mount point")
 	case n.Point != "" && (format != formatDir || n.Point[0] != '/' || len(n.Point) >= maxPath):
 		return fmt.Errorf("the mount point %s", quote(n.Point))
+	case n.Mnt != 0 && (n.Point == "" || !b.ownTmpfs(n.Mnt)):
+		return fmt.Errorf("mount %d is no file system in memory that the container has made", n.Mnt)
 	case len(n.Names) > maxLinks || format == formatDir && len(n.Names) > 1:
 		return fmt.Errorf("an inode of mode %#o with %d names", n.Mode, len(n.Names))
 	}
@@ -60,15 +69,15 @@ const RootPoint = "/"
 
 // checkMerged checks what stays of a directory, and what does not.
 func (b *builder) checkMerged(n *Inode) error {
-	inMerged := n.Point == RootPoint
+	inMerged := n.Point == RootPoint && n.Mnt == 0
 	if len(n.Names) == 1 {
 		dir := object[Inode](&b.Head, n.Names[0].Dir)
 		inMerged = dir != nil && dir.Merged
 	}
 	switch {
-	case n.Point == RootPoint && !n.Merged:
+	case n.Point == RootPoint && n.Mnt == 0 && !n.Merged:
 		return errors.New("a whole root file system")
-	case n.Point != "" && b.points[n.Point]:
+	case n.Point != "" && b.points[fileSystem{n.Point, n.Mnt}]:
 		return fmt.Errorf("a second file system at %s", quote(n.Point))
 	case n.Merged && (n.Mode&formatMask != formatDir || !inMerged):
 		return errors.New("only directories of the root file system are merged with what stands there")
@@ -88,6 +97,12 @@ func (b *builder) checkMerged(n *Inode) error {
 // validName reports whether a name is one in a directory, and never leads out.
 func validName(name string) bool {
 	return name != "" && name != "." && name != ".." && !strings.Contains(name, "/") && len(name) <= maxName
+}
+
+func (b *builder) ownTmpfs(id int32) bool {
+	return slices.ContainsFunc(b.Container.Mounts, func(m Mount) bool {
+		return m.ID == int(id) && m.Own == MountNew && m.FSType == "tmpfs"
+	})
 }
 
 func (b *builder) checkNames(names []Name) error {
@@ -141,6 +156,6 @@ func (b *builder) keepInode(ref Ref, n *Inode) {
 		b.names[Name{ref, name}] = true
 	}
 	if n.Point != "" {
-		b.points[n.Point] = true
+		b.points[fileSystem{n.Point, n.Mnt}] = true
 	}
 }

@@ -104,7 +104,7 @@ type builder struct {
 	progress map[Ref]uint64            // where the next TypeBytes of an object may begin, or pages of one with a donor
 	places   map[Ref]place             // of inodes
 	names    map[Name]bool             // taken, or gone
-	points   map[string]bool           // of file systems
+	points   map[fileSystem]bool       // that are taken
 	lent     map[Ref]bool              // address spaces of which others have borrowed
 	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
 	mqueues  map[queueName]bool        // that are taken
@@ -120,7 +120,7 @@ func newBuilder() *builder {
 		progress: map[Ref]uint64{},
 		places:   map[Ref]place{},
 		names:    map[Name]bool{},
-		points:   map[string]bool{},
+		points:   map[fileSystem]bool{},
 		lent:     map[Ref]bool{},
 		ipc:      map[string]map[int32]bool{},
 		mqueues:  map[queueName]bool{},

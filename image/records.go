@@ -127,9 +127,10 @@ type Container struct {
 	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
 	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
 
-	UTS  *UTSNamespace `cbor:"41,keyasint,omitempty"` // names that the container has given itself
-	Subs []SubCgroup   `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
-	Hold string        `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
+	UTS       *UTSNamespace `cbor:"41,keyasint,omitempty"` // names that the container has given itself
+	Subs      []SubCgroup   `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
+	Hold      string        `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
+	Unmounted []string      `cbor:"23,keyasint,omitempty"` // points of mounts of the bundle that the container has taken away
 }
 
 // SubCgroup is a cgroup below the container's own, or, with an empty Path, that
@@ -182,6 +183,8 @@ type Mount struct {
 	FSType   string `cbor:"7,keyasint"`
 	Source   string `cbor:"8,keyasint"`
 	Super    string `cbor:"9,keyasint"`
+	Own      string `cbor:"10,keyasint,omitempty"` // how the container has made it itself: MountNew or MountBind
+	From     int    `cbor:"11,keyasint,omitempty"` // of a bind mount: a mount of the same file system that has Root in it
 }
 
 // Link is one network device with what is set on it.
@@ -215,11 +218,12 @@ type NestedNamespace struct {
 	Dead    bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
 }
 
-// What a MountChange does.
+// What a MountChange does, and how a container has made a Mount of its own.
 const (
 	MountPropagation = "propagation"
 	MountRemount     = "remount"
 	MountBind        = "bind"
+	MountNew         = "new" // a file system mounted anew
 	MountTmpfs       = "tmpfs"
 	MountProc        = "proc"
 )
@@ -552,6 +556,9 @@ type FS struct {
 	// The directories themselves, where their paths do not name them any more.
 	CwdRemoved  Ref `cbor:"4,keyasint,omitempty"`
 	RootRemoved Ref `cbor:"5,keyasint,omitempty"`
+	// The mounts that they are on, where others have covered their paths.
+	CwdMnt  int32 `cbor:"6,keyasint,omitempty"`
+	RootMnt int32 `cbor:"7,keyasint,omitempty"`
 }
 
 // Files is one descriptor table.
@@ -628,7 +635,7 @@ type File struct {
 	Signalfd *Signalfd `cbor:"14,keyasint,omitempty"`
 	Socket   *Socket   `cbor:"15,keyasint,omitempty"`
 	Pid      int32     `cbor:"16,keyasint,omitempty"` // proc: the process the path is below
-	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it was opened on, Container.Mounts
+	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it is on, in Container.Mounts, where another has covered its path
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
 	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it
@@ -727,7 +734,7 @@ type Pty struct {
 // TypeBytes records of the same reference in the contents section, holes left
 // out.
 type Inode struct {
-	Point  string  `cbor:"1,keyasint,omitempty"` // of a root: where the bundle mounts the file system
+	Point  string  `cbor:"1,keyasint,omitempty"` // of a root: where the file system is mounted
 	Names  []Name  `cbor:"2,keyasint,omitempty"` // of all others: where it stands, hard links included
 	Mode   uint32  `cbor:"3,keyasint"`           // st_mode
 	UID    uint32  `cbor:"4,keyasint,omitempty"` // as the container's user namespace numbers them
@@ -738,6 +745,7 @@ type Inode struct {
 	Atime  int64   `cbor:"9,keyasint"`           // nanoseconds
 	Mtime  int64   `cbor:"10,keyasint"`
 	Xattrs []Xattr `cbor:"11,keyasint,omitempty"`
+	Mnt    int32   `cbor:"12,keyasint,omitempty"` // of a root: id of the mount, where the container has made it itself
 
 	// Of directories in the root file system: what else stands in a merged one
 	// stays, but for the names that are gone. All others hold what the image has.

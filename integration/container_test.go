@@ -83,6 +83,11 @@ func withRealtime() option {
 	}
 }
 
+// withMounting lets programs mount.
+func withMounting() option {
+	return withCapabilities("CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_SYS_CHROOT", "CAP_MKNOD", "CAP_FOWNER")
+}
+
 // withTmpfs mounts a file system in memory.
 func withTmpfs(point string) option {
 	return func(c *container, spec *specs.Spec) {

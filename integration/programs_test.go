@@ -57,6 +57,8 @@ var programs = []program{
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
 	{name: "tun", options: []option{withArgs("/bin/tun"), withTun(), withNewPrivileges(), withCapabilities("CAP_NET_ADMIN")}},
+	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts"), withMounting()}},
+	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts", "shared"), withMounting()}},
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
 	{name: "mqueues", options: []option{withArgs("/bin/mqueues")}},
@@ -91,6 +93,7 @@ var mapped = []program{
 	{name: "sysv", options: []option{withUserNamespace(), withArgs("/bin/sysv")}},
 	{name: "mqueues", options: []option{withUserNamespace(), withArgs("/bin/mqueues")}},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
+	{name: "mounts", connect: "mounts.connect", options: []option{withUserNamespace(), withArgs("/bin/mounts"), withMounting()}},
 	{name: "vfork", options: []option{
 		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),
 	}, connect: "vfork.go"},

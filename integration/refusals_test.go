@@ -242,6 +242,53 @@ func TestRefusedRestore(t *testing.T) {
 }
 
 // TestMemoryWithinBundle restores files in memory into bundles that have no
+// TestMountsWithinBundle restores a container that has made mounts into bundles
+// that do not let it, and takes checkpoints with mounts that nobody can make again.
+func TestMountsWithinBundle(t *testing.T) {
+	const script = `mkdir /out/m && mount -t tmpfs own /out/m && echo kept >/out/m/file && exec /bin/tree.sh`
+	var spec specs.Spec
+	keep := func(_ *container, s *specs.Spec) { spec = *s }
+	c := newContainer(t, withReport("tree"), withArgs("sh", "-c", script), withMounting(), keep).run()
+	c.progress(5)
+	for name, r := range map[string]struct{ make, undo, says string }{
+		"type":     {"mkdir /out/r && mount -t ramfs r /out/r", "umount /out/r", "mount /out/r: a file system of type ramfs"},
+		"source":   {"mkdir /out/s /out/m/s && mount --bind /out/m/s /out/s && umount /out/m", "umount /out/s; mount -t tmpfs own /out/m; echo kept >/out/m/file", "mount /out/s: what this tmpfs was bound from"},
+		"detached": {"mount -t tmpfs d /out/m; sleep 1000 </out/m >/dev/null 2>&1 & sleep 0.1; umount -l /out/m", "kill %1 || killall sleep", "or on a mount that it has unmounted"},
+	} {
+		c.step(t, name, func(t *testing.T) {
+			c.exec("sh", "-c", r.make)
+			c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, r.says)
+			c.exec("sh", "-c", r.undo)
+			c.progress(5)
+		})
+	}
+	c.checkpoint()
+	c.mustBeGone()
+	good := filepath.Join(c.image(), "checkpoint.img")
+	for says, less := range map[string]func(spec *specs.Spec){
+		"CAP_SYS_ADMIN": func(spec *specs.Spec) {
+			capabilities := *spec.Process.Capabilities
+			process := *spec.Process
+			capabilities.Bounding = []string{"CAP_KILL"}
+			process.Capabilities = &capabilities
+			spec.Process = &process
+		},
+	} {
+		c.step(t, says, func(t *testing.T) {
+			other := spec
+			less(&other)
+			c.writeSpec(&other)
+			c.tryRestoreFile(good, c.bundle).mustRefuse(t, says)
+		})
+	}
+	c.writeSpec(&spec)
+	c.restore()
+	c.progress(5)
+	if got := c.exec("cat", "/out/m/file"); got != "kept\n" {
+		t.Errorf("the file holds %q", got)
+	}
+}
+
 // room for them.
 func TestMemoryWithinBundle(t *testing.T) {
 	c := newContainer(t, withReport("tmpfs"), withArgs("/bin/tmpfs"), withTmpfs("/run")).run()

@@ -159,6 +159,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	n.files.Task = func(host int) (int32, bool, error) { return n.inner(c, host) }
+	if c.mounts.Own() {
+		n.files.Covered = c.mounts.Covered
+	}
 	enough := make(chan struct{})
 	defer close(enough)
 	visits := c.visitAll(pids, enough)

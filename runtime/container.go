@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +22,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/cgroup"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/rootfs"
 	"github.com/ocickpt/ocickpt/runtime/sock"
@@ -39,6 +39,7 @@ type container struct {
 	spec        *specs.Spec
 	record      image.Container
 	root        *os.File // of its file system
+	mounts      *mount.Set
 	initPid     int
 	pidDepth    int // levels of pid namespaces down to the container's
 	inodes      map[string]uint64
@@ -128,6 +129,9 @@ func (c *container) Close() error {
 	}
 	if c.rootDiff != nil {
 		errs = errors.Join(errs, c.rootDiff.Close())
+	}
+	if c.mounts != nil {
+		errs = errors.Join(errs, c.mounts.Close())
 	}
 	return errs
 }
@@ -276,57 +280,21 @@ func readIDMaps(pid int) (m task.IDMaps, err error) {
 	return m, err
 }
 
-// readMounts reads the init's mountinfo and refuses what the container mounted
-// by itself.
+// readMounts reads the init's mounts and refuses those that cannot be made again.
 func (c *container) readMounts(_ *libcontainer.State, config *configs.Config) error {
+	if c.mounts != nil {
+		_ = c.mounts.Close()
+	}
 	var err error
-	if c.record.Mounts, err = readMountinfo(c.initPid); err != nil {
-		return err
-	}
-	return checkMounts(c, config)
-}
-
-// readMountinfo reads the mounts that a process sees.
-func readMountinfo(pid int) (mounts []image.Mount, err error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	c.mounts, err = mount.Scan(mount.Env{
+		Init: c.initPid, Root: c.root, Config: config, May: slices.Contains(c.bounding, "CAP_SYS_ADMIN"),
+		PidNS: c.inodes["pid"], Groups: c.record.Cgroups, Maps: c.maps,
+	})
 	if err != nil {
-		return nil, goneIs(pid, err)
+		return goneIs(c.initPid, err)
 	}
-	for line := range strings.Lines(string(b)) {
-		m, err := parseMount(strings.TrimSuffix(line, "\n"))
-		if err != nil {
-			return nil, err
-		}
-		mounts = append(mounts, m)
-	}
-	return mounts, nil
-}
-
-// parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):
-// "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw".
-func parseMount(line string) (m image.Mount, err error) {
-	left, right, ok := strings.Cut(line, " - ")
-	f, g := strings.Fields(left), strings.Fields(right)
-	if !ok || len(f) < 6 || len(g) < 2 {
-		return m, fmt.Errorf("strange line in mountinfo: %q", line)
-	}
-	m.ID, err = strconv.Atoi(f[0])
-	parent, e := strconv.Atoi(f[1])
-	m.Parent, err = parent, errors.Join(err, e)
-	m.Root, m.Point, m.Options = unescape(f[3]), unescape(f[4]), f[5]
-	m.Optional, m.FSType, m.Source = strings.Join(f[6:], " "), g[0], unescape(g[1])
-	if len(g) > 2 {
-		m.Super = g[2]
-	}
-	return m, err
-}
-
-// unescape undoes the octal escapes of blanks and backslashes.
-func unescape(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+	c.record.Mounts, c.record.Unmounted = c.mounts.Mounts, c.mounts.Unmounted
+	return nil
 }
 
 // readNames notes the names that the container has given itself, and its label.

@@ -18,95 +18,24 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-func TestParseMount(t *testing.T) {
-	for line, want := range map[string]image.Mount{
-		"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue": {ID: 36, Parent: 35, Root: "/mnt1", Point: "/mnt2", Options: "rw,noatime", Optional: "master:1", FSType: "ext3", Source: "/dev/root", Super: "rw,errors=continue"},
-		`1 0 0:1 / /a\040b\011c\012d\134e ro - tmpfs none rw`:                            {ID: 1, Root: "/", Point: "/a b\tc\nd\\e", Options: "ro", FSType: "tmpfs", Source: "none", Super: "rw"},
-		`1 0 0:1 / /a\134040b ro shared:5 master:6 - tmpfs a\040b rw`:                    {ID: 1, Root: "/", Point: `/a\040b`, Options: "ro", Optional: "shared:5 master:6", FSType: "tmpfs", Source: "a b", Super: "rw"},
-	} {
-		if got, err := parseMount(line); err != nil || got != want {
-			t.Errorf("%q is\n%+v, %v; want\n%+v", line, got, err, want)
-		}
-	}
-	for _, bad := range []string{"", " - ", "36 35 98:0 / / rw ext3 x rw", "36 35 98:0 / - ext3 x rw", "x 35 98:0 / / rw - ext3 x rw", "36 y 98:0 / / rw - ext3 x rw", "36 35 98:0 / / rw - ext3"} {
-		if m, err := parseMount(bad); err == nil {
-			t.Errorf("%q is %+v", bad, m)
-		}
-	}
-}
-
-func TestParseOwnMounts(t *testing.T) {
-	dir := t.TempDir() + "/a b\tc\nd\\040e"
-	must(t, os.Mkdir(dir, 0o700))
-	must(t, unix.Mount("a source", dir, "tmpfs", 0, "size=64k"))
-	defer func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) }()
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	must(t, err)
-	found := false
-	for line := range strings.Lines(string(b)) {
-		m, err := parseMount(strings.TrimSuffix(line, "\n"))
-		must(t, err)
-		found = found || m.Point == dir && m.Root == "/" && m.FSType == "tmpfs" && m.Source == "a source" && strings.Contains(m.Super, "size=64k")
-	}
-	if !found {
-		t.Errorf("no mount on %q in\n%s", dir, b)
-	}
-}
-
-func FuzzParseMount(f *testing.F) {
-	f.Add("36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw")
-	f.Add(`1 0 0:1 / /a\04\1340 ro - t \012`)
-	f.Fuzz(func(t *testing.T, line string) {
-		m, err := parseMount(line)
-		if err == nil && (m.FSType == "" || m.Point == "" || m.Options == "") {
-			t.Errorf("%+v", m)
-		}
-	})
-}
-
-func TestUnescape(t *testing.T) {
-	for s, want := range map[string]string{"": "", "a": "a", `\040`: " ", `\134`: `\`, `\134040`: `\040`, `\040\011\012`: " \t\n", `\`: `\`, `\04`: `\04`} {
-		if got := unescape(s); got != want {
-			t.Errorf("%q is %q, want %q", s, got, want)
-		}
-	}
-}
-
-func TestCheckMounts(t *testing.T) {
-	root := t.TempDir()
-	dir, err := os.Open(root)
-	must(t, err)
-	defer dir.Close()
-	must(t, os.MkdirAll(root+"/dev", 0o700))
-	must(t, os.MkdirAll(root+"/run/lock", 0o700))
-	config := &configs.Config{
-		MaskPaths: []string{"/proc/acpi"},
-		Mounts: []*configs.Mount{
-			{Destination: "/dev", Device: "tmpfs"}, {Destination: "/run", Device: "tmpfs"}, {Destination: "/run/lock", Device: "tmpfs"},
-			{Destination: "/sys/fs/cgroup", Device: "cgroup"}, {Destination: "/proc", Device: "proc"},
-		},
-	}
-	mount := func(point, kind string) image.Mount { return image.Mount{Root: "/", Point: point, FSType: kind} }
-	try := func(more ...image.Mount) error {
-		c := &container{root: dir}
-		c.record.Mounts = append([]image.Mount{mount("/", "ext4"), mount("/proc", "proc"), mount("/dev", "tmpfs"), mount("/run", "tmpfs"), mount("/run/lock", "tmpfs")}, more...)
-		return checkMounts(c, config)
-	}
-	must(t, try(mount("/proc/acpi", "tmpfs"), mount("/sys/fs/cgroup/memory", "cgroup"), mount("/dev/console", "devpts")))
-	var refused *fail.Refused
-	for _, m := range []image.Mount{mount("/mnt", "tmpfs"), mount("/proc/sys", "proc"), mount("/runs", "ext4")} {
-		if err := try(m); !errors.As(err, &refused) || !strings.Contains(err.Error(), "mount "+m.Point) {
-			t.Errorf("%s: %v", m.Point, err)
-		}
-	}
+func TestOwnTmpfs(t *testing.T) {
+	config := &configs.Config{Mounts: []*configs.Mount{
+		{Destination: "/dev", Device: "tmpfs"}, {Destination: "/run", Device: "tmpfs"}, {Destination: "/run/lock", Device: "tmpfs"},
+		{Destination: "/mnt", Device: "bind", Flags: unix.MS_BIND},
+	}}
+	mount := func(point string) image.Mount { return image.Mount{Root: "/", Point: point, FSType: "tmpfs"} }
 	own := func(m image.Mount) bool { return ownTmpfs(config, &m) }
-	config.Mounts = append(config.Mounts, &configs.Mount{Destination: "/mnt", Device: "bind", Flags: unix.MS_BIND})
-	if !own(mount("/run", "tmpfs")) || own(mount("/mnt", "tmpfs")) || own(mount("/", "tmpfs")) || own(mount("/proc/acpi", "tmpfs")) || own(image.Mount{Root: "/sub", Point: "/run", FSType: "tmpfs"}) {
+	if !own(mount("/run")) || own(mount("/mnt")) || own(mount("/")) || own(mount("/proc/acpi")) || own(image.Mount{Root: "/sub", Point: "/run", FSType: "tmpfs"}) ||
+		!own(image.Mount{Point: "/x", FSType: "tmpfs", Own: image.MountNew}) || own(image.Mount{Point: "/run", FSType: "tmpfs", Own: image.MountBind}) {
 		t.Error("which file systems in memory are the container's own is not told")
 	}
 	mounts := []image.Mount{{ID: 5, Point: "/run"}, {ID: 6, Parent: 5, Point: "/run/lock/a"}, {ID: 7, Parent: 6, Point: "/run/lock/a/b"}, {ID: 8, Parent: 5, Point: "/runs"}}
-	if got := coveredIn(mounts, &mounts[0]); !slices.Equal(got, []string{"lock/a"}) {
-		t.Errorf("covered: %q", got)
+	if got, more := coveredIn(mounts, &mounts[0]); !slices.Equal(got, []string{"lock/a"}) || more {
+		t.Errorf("covered: %q, %t", got, more)
+	}
+	mounts[1].Own = image.MountBind
+	if got, more := coveredIn(mounts, &mounts[0]); len(got) != 0 || !more {
+		t.Errorf("covered: %q, %t", got, more)
 	}
 }
 

@@ -41,6 +41,9 @@ func (g *grants) checkImage(head *image.Head) error {
 	if err := g.checkCgroups(head); err != nil {
 		return err
 	}
+	if err := g.checkMounts(&head.Container); err != nil {
+		return err
+	}
 	for _, o := range head.Objects {
 		if err := g.checkIPC(o); err != nil {
 			return err

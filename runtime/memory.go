@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
@@ -12,14 +11,18 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 )
 
 // ownTmpfs reports a file system in memory that is the container's alone:
-// mounted anew for it, because its bundle says so. One that the bundle binds
-// from the host is the host's.
+// mounted anew for it, because its bundle says so, or by itself. One that the
+// bundle binds from the host is the host's.
 func ownTmpfs(config *configs.Config, m *image.Mount) bool {
-	own := false
+	own := m.Own == image.MountNew
+	if m.Own != "" {
+		return own && m.FSType == "tmpfs"
+	}
 	for _, b := range config.Mounts {
 		if filepath.Clean(b.Destination) == m.Point {
 			own = b.Device == "tmpfs" && !b.IsBind() // the last one covers the others
@@ -28,14 +31,20 @@ func ownTmpfs(config *configs.Config, m *image.Mount) bool {
 	return own && m.FSType == "tmpfs" && m.Root == "/"
 }
 
-// coveredIn lists the paths in a mount that others stand on, relative to it.
-func coveredIn(mounts []image.Mount, m *image.Mount) (paths []string) {
+// coveredIn lists the paths in a mount that others of the bundle's stand on,
+// relative to it, and whether some of the container's own do.
+func coveredIn(mounts []image.Mount, m *image.Mount) (paths []string, own bool) {
 	for i := range mounts {
-		if below, ok := strings.CutPrefix(mounts[i].Point, strings.TrimSuffix(m.Point, "/")+"/"); ok && mounts[i].Parent == m.ID {
+		below, ok := image.Below(mounts[i].Point, m.Point)
+		switch {
+		case mounts[i].Parent != m.ID || !ok:
+		case mounts[i].Own != "":
+			own = true
+		default:
 			paths = append(paths, below)
 		}
 	}
-	return paths
+	return paths, own
 }
 
 // sameMount checks that a directory is the root of a mount, and of nothing that
@@ -59,73 +68,112 @@ func (c *container) scanTmpfs() (trees []*tmpfs.Tree, err error) {
 		if !ownTmpfs(&config, m) {
 			continue
 		}
-		how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS}
-		fd, err := unix.Openat2(int(c.root.Fd()), m.Point, &how)
+		covered, own := coveredIn(c.record.Mounts, m)
+		f, err := c.openBelow(m, own)
 		if err != nil {
-			return trees, fail.On("tmpfs "+m.Point, fmt.Errorf("look into it: %w", err))
-		}
-		f := os.NewFile(uintptr(fd), m.Point)
-		if err := sameMount(f, m); err != nil {
-			_ = f.Close()
 			return trees, err
 		}
-		t, err := tmpfs.Scan(f, m.Point, coveredIn(c.record.Mounts, m), c.maps, nil)
+		t, err := tmpfs.Scan(f, m.Point, covered, c.maps, nil)
 		if err != nil {
 			_ = f.Close()
 			return trees, err
+		}
+		if m.Own != "" {
+			t.Mount(int32(m.ID))
 		}
 		trees = append(trees, t)
 	}
 	return trees, nil
 }
 
+// openBelow opens the root of a mount: as it would be without what the container
+// has mounted on it, where it has.
+func (c *container) openBelow(m *image.Mount, covered bool) (*os.File, error) {
+	if covered || m.Own != "" {
+		view, err := c.mounts.View(m.ID)
+		if err != nil {
+			return nil, err
+		}
+		fd, err := unix.FcntlInt(view.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		return os.NewFile(uintptr(fd), m.Point), err
+	}
+	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS}
+	fd, err := unix.Openat2(int(c.root.Fd()), m.Point, &how)
+	if err != nil {
+		return nil, fail.On("mount "+m.Point, fmt.Errorf("look into it: %w", err))
+	}
+	f := os.NewFile(uintptr(fd), m.Point)
+	if m.FSType == "tmpfs" {
+		err = sameMount(f, m)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 // makeTmpfs fills the new container's file systems in memory with what those
 // of the image held, all but the bytes of files.
 func (r *restore) makeTmpfs() error {
 	r.memory = tmpfs.NewMaker(r.head, r.maker, file.Refs(r.head))
-	points := r.memory.Points()
-	if len(points) == 0 {
+	roots := r.memory.Roots()
+	if len(roots) == 0 {
 		return nil
 	}
-	mounts, err := readMountinfo(r.made.stub.Pid)
+	have, err := mount.Read(r.made.stub.Pid)
 	if err != nil {
 		return err
 	}
+	mounts := mount.Records(have)
 	ids, err := readIDMaps(r.made.stub.Pid)
 	if err != nil {
 		return err
 	}
-	for ref, point := range points {
-		if point == image.RootPoint {
+	for ref, inode := range roots {
+		if inode.Point == image.RootPoint && inode.Mnt == 0 {
 			continue
 		}
-		m := mountAt(mounts, point)
-		if m == nil || !ownTmpfs(&r.made.config, m) {
-			return fail.Refuse("tmpfs "+point, "the bundle mounts none there", "restore with the bundle of the checkpoint")
-		}
-		fd, root, err := r.maker.OpenRoot(point)
-		if err == nil {
-			err = sameMount(root, m)
-		}
+		fd, root, covered, err := r.openFresh(mounts, inode)
 		var tree *tmpfs.Tree
 		if err == nil {
-			tree, err = tmpfs.Scan(root, point, coveredIn(mounts, m), ids, nil)
+			tree, err = tmpfs.Scan(root, inode.Point, covered, ids, nil)
 		}
 		if err != nil {
-			return fail.On("tmpfs "+point, err)
+			return fail.On("tmpfs "+inode.Point, err)
 		}
 		r.memory.Root(ref, fd, tree, nil)
 	}
-	if err := r.prepareRoot(points, mounts, ids); err != nil {
+	if err := r.prepareRoot(roots, mounts, ids); err != nil {
 		return fail.On("root file system", err)
 	}
 	return r.memory.Make()
 }
 
-// mountAt is the uppermost mount at a point.
+// openFresh opens the new file system for one of the image: one that the bundle
+// mounts, or one that is the container's own and mounted nowhere yet.
+func (r *restore) openFresh(mounts []image.Mount, inode *image.Inode) (fd int, root *os.File, covered []string, err error) {
+	if inode.Mnt != 0 {
+		fd := r.mounts.Fills()[int(inode.Mnt)]
+		root, err = r.made.stub.Take(fd)
+		return fd, root, nil, err
+	}
+	m := mountAt(mounts, inode.Point)
+	if m == nil || !ownTmpfs(&r.made.config, m) {
+		return 0, nil, nil, fail.Refuse("tmpfs "+inode.Point, "the bundle mounts none there", "restore with the bundle of the checkpoint")
+	}
+	fd, root, err = r.maker.OpenRoot(inode.Point)
+	if err == nil {
+		err = sameMount(root, m)
+	}
+	covered, _ = coveredIn(mounts, m)
+	return fd, root, covered, err
+}
+
+// mountAt is the uppermost mount of the bundle's at a point.
 func mountAt(mounts []image.Mount, point string) (found *image.Mount) {
 	for i := range mounts {
-		if mounts[i].Point == point {
+		if mounts[i].Point == point && mounts[i].Own == "" {
 			found = &mounts[i]
 		}
 	}

@@ -1,45 +1,88 @@
 package runtime
 
 import (
-	"path/filepath"
-	"slices"
-	"strings"
+	"errors"
+	"fmt"
 
-	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
+	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mount"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// checkMounts refuses mounts and memory file systems whose state would be lost:
-// restore mounts what the bundle says, and nothing else.
-func checkMounts(c *container, config *configs.Config) error {
-	expected := map[string]bool{"/": true}
-	for _, m := range config.Mounts {
-		expected[filepath.Clean(m.Destination)] = true
+// checkMounts refuses an image with mounts that the bundle lets nobody make.
+func (g *grants) checkMounts(c *image.Container) error {
+	if g.has(unix.CAP_SYS_ADMIN) {
+		return nil
 	}
-	for _, p := range slices.Concat(config.MaskPaths, config.ReadonlyPaths) {
-		expected[filepath.Clean(p)] = true
-	}
-	for _, d := range config.Devices {
-		expected[d.Path] = true // a bind mount inside a user namespace
-	}
-	for i := range c.record.Mounts {
-		m := &c.record.Mounts[i]
-		if !expected[m.Point] && !below(m.Point, config, "cgroup") && m.Point != "/dev/console" {
-			return fail.Refuse("mount "+m.Point, "the container mounted this "+m.FSType+" itself; such mounts are not supported yet", "unmount it before the checkpoint")
+	const why, remedy = "making it takes CAP_SYS_ADMIN, which the bundle does not give", "add it to the bundle's bounding set if it may be made"
+	for i := range c.Mounts {
+		if m := &c.Mounts[i]; m.Own != "" {
+			return fail.Refuse("mount "+m.Point, why, remedy)
 		}
+	}
+	for _, point := range c.Unmounted {
+		return fail.Refuse("unmounting "+point, why, remedy)
 	}
 	return nil
 }
 
-// below reports a mount under one of the bundle's own mounts of a device type:
-// libcontainer mounts every cgroup v1 controller below one "cgroup" entry.
-func below(point string, config *configs.Config, device string) bool {
-	for _, m := range config.Mounts {
-		if m.Device == device && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") || m.IsBind() && m.Flags&unix.MS_REC != 0 && strings.HasPrefix(point, filepath.Clean(m.Destination)+"/") {
-			return true
-		}
+// prepareMounts begins to change the mounts that the engine has made into those of
+// the container.
+func (r *restore) prepareMounts() error {
+	have, err := mount.Read(r.made.stub.Pid)
+	if err != nil || !r.made.grants.has(unix.CAP_SYS_ADMIN) {
+		return err
 	}
-	return false
+	m, err := mount.NewMaker(r.maker, r.made.stub.Pid, r.head, have, &r.made.config)
+	if err != nil || !m.Needed() {
+		return err
+	}
+	if err := r.mayMount(); err != nil {
+		return err
+	}
+	r.mounts = m
+	return m.Prepare()
+}
+
+// mayMount asks the bundle's seccomp filters, which are suspended otherwise,
+// whether they let anybody mount, in one way or the other. The calls are without
+// sense; the kernel says so only if it is asked.
+func (r *restore) mayMount() error {
+	if len(r.made.filters) == 0 {
+		return nil
+	}
+	s := r.made.stub
+	if err := s.SetOptions(tracee.FilteredOptions); err != nil {
+		return err
+	}
+	var old, recent int
+	b, err := r.maker.AsBundle(func(b *tracee.Batch) {
+		old = b.Try(unix.SYS_MOUNT, b.String(""), b.String(""), b.String(""), tracee.W(0), tracee.W(0))
+		recent = b.Try(unix.SYS_MOVE_MOUNT, tracee.W(-1), b.String(""), tracee.W(-1), b.String(""), tracee.W(0))
+	})
+	if err := errors.Join(err, s.SetOptions(tracee.StubOptions)); err != nil {
+		return err
+	}
+	if !errors.Is(b.Err(old), unix.ENOENT) && !errors.Is(b.Err(recent), unix.ENOENT) {
+		return fail.Refuse("mounts", fmt.Sprintf("the container may not make its own again: mount(2): %v", b.Err(old)), "restore with a bundle whose seccomp filters allow it")
+	}
+	return nil
+}
+
+// attachMounts puts the container's own mounts in place, and keeps open what they
+// cover and somebody holds.
+func (r *restore) attachMounts() error {
+	places := r.maker.Covered()
+	if r.mounts == nil {
+		if len(places) > 0 {
+			return fail.Refuse(places[0].Path, "it is covered by a mount that the bundle lets nobody make", "restore with the bundle of the checkpoint")
+		}
+		return nil
+	}
+	held, err := r.mounts.Attach(places)
+	r.maker.Cover(held)
+	return err
 }

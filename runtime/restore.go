@@ -25,6 +25,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/forest"
 	"github.com/ocickpt/ocickpt/runtime/guardian"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/network"
 	"github.com/ocickpt/ocickpt/runtime/sock"
@@ -85,6 +86,7 @@ type restore struct {
 	maker   *file.Maker
 	memory  *tmpfs.Maker
 	root    *rootDiff
+	mounts  *mount.Maker // nil where they are as the engine makes them
 	ipc     *sysv.Maker
 	undone  map[uint32]bool      // semaphore undo lists that have their adjustments
 	stubs   map[int]*tracee.Stub // by pid inside the container
@@ -274,23 +276,10 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.maker.Start(); err != nil {
 		return err
 	}
-	if err := r.makeNetwork(); err != nil {
-		return err
-	}
-	if err := r.restoreNames(); err != nil {
-		return err
-	}
-	if err := r.makeTmpfs(); err != nil {
-		return err
-	}
-	if err := r.makeIPC(); err != nil {
-		return err
-	}
-	if err := r.allowQueues(); err != nil {
-		return err
-	}
-	if err := r.maker.Make(); err != nil {
-		return err
+	for _, step := range []func() error{r.makeNetwork, r.restoreNames, r.prepareMounts, r.makeTmpfs, r.attachMounts, r.makeIPC, r.allowQueues, r.maker.Make} {
+		if err := step(); err != nil {
+			return err
+		}
 	}
 	if err := r.nested.Networks.Attached(); err != nil {
 		return err
@@ -624,6 +613,11 @@ func (r *restore) finish(ctx context.Context) error {
 	}
 	for _, finish := range []func() error{r.memory.Finish, r.ipc.Send, r.ipc.Finish} {
 		if err := finish(); err != nil {
+			return err
+		}
+	}
+	if r.mounts != nil {
+		if err := r.mounts.Finish(); err != nil {
 			return err
 		}
 	}

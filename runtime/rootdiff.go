@@ -2,10 +2,7 @@ package runtime
 
 import (
 	"errors"
-	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/aside"
@@ -43,15 +40,15 @@ func (c *container) scanRoot() (*tmpfs.Tree, error) {
 		return nil, nil
 	}
 	m := mountAt(c.record.Mounts, image.RootPoint)
-	fd, err := unix.Openat(int(c.root.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	covered, own := coveredIn(c.record.Mounts, m)
+	root, err := c.openBelow(m, own)
 	if err != nil {
 		return nil, err
 	}
-	root := os.NewFile(uintptr(fd), image.RootPoint)
 	part, err := c.rootDiff.Select(root)
 	var t *tmpfs.Tree
 	if err == nil {
-		t, err = tmpfs.Scan(root, image.RootPoint, coveredIn(c.record.Mounts, m), c.maps, part)
+		t, err = tmpfs.Scan(root, image.RootPoint, covered, c.maps, part)
 	}
 	if err != nil {
 		return nil, errors.Join(err, root.Close())
@@ -90,16 +87,18 @@ func (d *rootDiff) keep() error {
 }
 
 // prepareRoot looks at what the image changes in the root file system.
-func (r *restore) prepareRoot(points map[image.Ref]string, mounts []image.Mount, ids task.IDMaps) error {
-	for ref, point := range points {
-		if point != image.RootPoint || r.RootfsDiff == RootfsDiffSkip {
+func (r *restore) prepareRoot(roots map[image.Ref]*image.Inode, mounts []image.Mount, ids task.IDMaps) error {
+	for ref, inode := range roots {
+		point := inode.Point
+		if point != image.RootPoint || inode.Mnt != 0 || r.RootfsDiff == RootfsDiffSkip {
 			continue
 		}
 		fd, root, err := r.maker.OpenRoot(point)
 		if err != nil {
 			return err
 		}
-		t, err := tmpfs.Scan(root, point, coveredIn(mounts, mountAt(mounts, point)), ids, r.memory.Selection(ref))
+		covered, _ := coveredIn(mounts, mountAt(mounts, point))
+		t, err := tmpfs.Scan(root, point, covered, ids, r.memory.Selection(ref))
 		if err != nil {
 			return errors.Join(err, root.Close())
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/sock"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -60,6 +61,7 @@ type Maker struct {
 	filling  image.Ref         // the one that is being filled, through file
 	file     *os.File
 	owned    map[image.Ref]bool
+	covered  map[mount.Place]int  // what is kept open below mounts
 	queues   map[image.Ref]int    // POSIX message queues
 	texts    map[image.Ref][]byte // of their messages
 	notified map[image.Ref]bool   // those whose task is to be told again
@@ -298,6 +300,38 @@ func (m *Maker) OpenRoot(path string) (int, *os.File, error) {
 	}
 	f, err := m.stub.Take(up[0])
 	return up[0], f, err
+}
+
+// Covered lists the places that files are opened and tasks stand at although
+// mounts cover their paths.
+func (m *Maker) Covered() (all []mount.Place) {
+	add := func(mnt int32, path string) {
+		if p := (mount.Place{Mount: int(mnt), Path: path}); mnt != 0 && !slices.Contains(all, p) {
+			all = append(all, p)
+		}
+	}
+	for _, ref := range Refs(m.head) {
+		switch o := m.head.Objects[ref].(type) {
+		case *image.File:
+			add(o.Mnt, o.Path)
+		case *image.FS:
+			add(o.CwdMnt, o.Cwd)
+			add(o.RootMnt, o.Root)
+		}
+	}
+	return all
+}
+
+// Cover tells where in the table these places are held open.
+func (m *Maker) Cover(held map[mount.Place]int) { m.covered = held }
+
+// Raise moves a descriptor of the stub into the table and returns its new number.
+func (m *Maker) Raise(fd int) (int, error) {
+	up, err := m.moveUp([]int{fd})
+	if err != nil {
+		return 0, err
+	}
+	return up[0], nil
 }
 
 // moveUp moves descriptors into the table and returns their new numbers.
@@ -780,6 +814,9 @@ func (m *Maker) numbers() []int {
 			all = append(all, fd)
 		}
 	}
+	for _, fd := range m.covered {
+		all = append(all, fd)
+	}
 	slices.Sort(all)
 	return slices.Compact(all)
 }
@@ -1108,16 +1145,23 @@ func (m *Maker) Close() {
 // RestoreFS adds the calls that put a stub where its process stood. The root
 // comes last: it is a path from the container's root too.
 func (m *Maker) RestoreFS(b *tracee.Batch, fs *image.FS) {
-	if fs.RootRemoved != 0 {
-		b.Add(unix.SYS_FCHDIR, tracee.W(m.anchors[fs.RootRemoved]))
+	step := func(removed image.Ref, mnt int32, path string) {
+		switch {
+		case removed != 0:
+			b.Add(unix.SYS_FCHDIR, tracee.W(m.anchors[removed]))
+		case mnt != 0:
+			b.Add(unix.SYS_FCHDIR, tracee.W(m.covered[mount.Place{Mount: int(mnt), Path: path}]))
+		default:
+			b.Add(unix.SYS_CHDIR, b.String(path))
+		}
+	}
+	held := fs.RootRemoved != 0 || fs.RootMnt != 0
+	if held {
+		step(fs.RootRemoved, fs.RootMnt, fs.Root)
 		b.Add(unix.SYS_CHROOT, b.String("."))
 	}
-	if fs.CwdRemoved != 0 {
-		b.Add(unix.SYS_FCHDIR, tracee.W(m.anchors[fs.CwdRemoved]))
-	} else {
-		b.Add(unix.SYS_CHDIR, b.String(fs.Cwd))
-	}
-	if fs.RootRemoved == 0 && fs.Root != "/" {
+	step(fs.CwdRemoved, fs.CwdMnt, fs.Cwd)
+	if !held && fs.Root != "/" {
 		b.Add(unix.SYS_CHROOT, b.String(fs.Root))
 	}
 	b.Add(unix.SYS_UMASK, tracee.W(fs.Umask))

@@ -322,15 +322,18 @@ var fifo = kind{
 	read: func(s *Set, d *Description) error {
 		d.Record.Kind = image.KindFifo
 		if s.external(d.seen) {
-			return fail.Refuse("", "the fifo lies outside the container", "close it before the checkpoint, or leave it out (--external)")
+			return fail.Refuse("", "the fifo lies outside the container, or on a mount that it has unmounted", "close it before the checkpoint, or leave it out (--external)")
 		}
-		var gone *removed
-		var err error
-		if d.Record.Path, gone, err = s.locate(s.own(), d.seen.link, &d.seen.stat, d.seen.path()); err != nil {
+		at, err := s.locate(s.own(), d.seen.link, &d.seen.stat, d.seen.path())
+		if err == nil && at.mnt != 0 {
+			err = fail.Refuse("", "the container has mounted something over the fifo; that is not supported", "close it before the checkpoint")
+		}
+		if err != nil {
 			return err
 		}
-		d.take(gone)
-		return s.end(d, d.Record.Path, gone)
+		d.Record.Path = at.path
+		d.take(at.gone)
+		return s.end(d, at.path, at.gone)
 	},
 	open: func(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		if _, ok := m.pipes[f.Pipe]; !ok {

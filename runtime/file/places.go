@@ -193,7 +193,7 @@ func (at *search) leads(path string, p place) bool {
 		return false
 	}
 	defer unix.Close(fd)
-	mnt, err := mountOf(fd)
+	mnt, err := mountOf(fd, "")
 	if err != nil {
 		return false
 	}
@@ -202,12 +202,6 @@ func (at *search) leads(path string, p place) bool {
 		same = same || at.mounts[i].ID == mnt && at.mounts[i].dev == p.dev
 	}
 	return same && p.is(fd, "", unix.AT_EMPTY_PATH)
-}
-
-func mountOf(fd int) (int, error) {
-	var st unix.Statx_t
-	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st)
-	return int(st.Mnt_id), err
 }
 
 // remember takes what was found before and is still there, and what the room of
@@ -271,7 +265,7 @@ func (at *search) open(m *mountedAt) (*os.File, error) {
 		return nil, fail.On("mount "+m.Point, err)
 	}
 	dir := os.NewFile(uintptr(fd), m.Point)
-	if mnt, err := mountOf(fd); err != nil || mnt != m.ID {
+	if mnt, err := mountOf(fd, ""); err != nil || mnt != m.ID {
 		return nil, errors.Join(err, dir.Close())
 	}
 	return dir, nil

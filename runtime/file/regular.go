@@ -10,6 +10,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -51,12 +52,12 @@ func seek(_ *Maker, b *tracee.Batch, fd int, f *image.File) {
 // name finds the path of a description, or the file that has none.
 func (s *Set) name(d *Description) error {
 	v := s.place(d)
-	path, gone, err := s.locate(v, d.seen.link, &d.seen.stat, d.seen.path())
-	d.Record.Path = path
-	if gone == nil {
+	at, err := s.locate(v, d.seen.link, &d.seen.stat, d.seen.path())
+	d.Record.Path, d.Record.Mnt = at.path, at.mnt
+	if at.gone == nil {
 		s.inside(d, v)
 	}
-	d.take(gone)
+	d.take(at.gone)
 	return err
 }
 
@@ -65,9 +66,22 @@ func openNamed(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
 	case f.Removed != 0:
 		return m.openRemoved(b, f), nil
 	case f.Kind == image.KindDirectory:
-		return openPath(b, f.Path, f.Flags|unix.O_DIRECTORY), nil
+		return m.openPath(b, f, f.Flags|unix.O_DIRECTORY), nil
 	}
-	return openPath(b, f.Path, f.Flags&^unix.O_DIRECTORY), nil
+	return m.openPath(b, f, f.Flags&^unix.O_DIRECTORY), nil
+}
+
+// openPath adds the open of a file by its path, or where another mount has
+// covered that, by the descriptor that it is kept with.
+func (m *Maker) openPath(b *tracee.Batch, f *image.File, flags uint32) int {
+	if f.Mnt == 0 {
+		return openPath(b, f.Path, flags)
+	}
+	fd := m.covered[mount.Place{Mount: int(f.Mnt), Path: f.Path}]
+	if f.Mode&unix.S_IFMT == unix.S_IFLNK {
+		return b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(0))
+	}
+	return m.reopen(b, fd, flags&(openFlags|unix.O_DIRECTORY)|unix.O_NOCTTY)
 }
 
 // regular is a file with a name on some file system.
@@ -76,7 +90,7 @@ var regular = kind{
 	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFREG },
 	read: func(s *Set, d *Description) error {
 		if s.external(d.seen) {
-			return fail.Refuse("", "the file lies outside the container", "close it before the checkpoint, or leave it out (--external)")
+			return fail.Refuse("", "the file lies outside the container, or on a mount that it has unmounted", "close it before the checkpoint, or leave it out (--external)")
 		}
 		st := &d.seen.stat
 		d.Record.Kind = image.KindRegular
@@ -94,7 +108,7 @@ var directory = kind{
 	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFDIR },
 	read: func(s *Set, d *Description) error {
 		if s.external(d.seen) {
-			return fail.Refuse("", "the directory lies outside the container", "close it before the checkpoint")
+			return fail.Refuse("", "the directory lies outside the container, or on a mount that it has unmounted", "close it before the checkpoint")
 		}
 		d.Record.Kind, d.Record.Mode = image.KindDirectory, d.seen.stat.Mode
 		if d.seen.pos > 1 && d.seen.pos < math.MaxInt32 && s.Remade != nil && s.Remade(d.seen.stat.Dev) {
@@ -115,7 +129,7 @@ var pathKind = kind{
 	is:   func(_ *Set, one *seen) bool { return one.flags&unix.O_PATH != 0 },
 	read: func(s *Set, d *Description) error {
 		if s.external(d.seen) {
-			return fail.Refuse("", "the path lies outside the container", "close it before the checkpoint")
+			return fail.Refuse("", "the path lies outside the container, or on a mount that it has unmounted", "close it before the checkpoint")
 		}
 		d.Record.Kind, d.Record.Mode = image.KindPath, d.seen.stat.Mode
 		return s.name(d)
@@ -155,11 +169,11 @@ var device = kind{
 		}
 		return s.inPlace(d)
 	},
-	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
+	open: func(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
 		if why := unsupportedDevice(f.Rdev); why != "" {
 			return 0, fail.Refuse(f.Path, why, "")
 		}
-		return openPath(b, f.Path, f.Flags), nil
+		return m.openPath(b, f, f.Flags), nil
 	},
 }
 
@@ -184,10 +198,13 @@ var proc = kind{
 				return fail.Refuse("", "files of single threads in /proc are not supported yet", "close it before the checkpoint")
 			}
 		}
-		return s.inPlace(d)
+		if err := s.inPlace(d); err != nil || d.Record.Mnt == 0 || d.Record.Pid == 0 {
+			return err
+		}
+		return fail.Refuse("", "it belongs to a task and the container has mounted something over it; that is not supported", "close it before the checkpoint")
 	},
-	open: func(_ *Maker, b *tracee.Batch, f *image.File) (int, error) {
-		return openPath(b, f.Path, f.Flags), nil
+	open: func(m *Maker, b *tracee.Batch, f *image.File) (int, error) {
+		return m.openPath(b, f, f.Flags), nil
 	},
 	finish: seek,
 }

@@ -32,28 +32,58 @@ type removed struct {
 
 type fileID struct{ dev, ino uint64 }
 
-// locate finds what a task holds under text, as a link in /proc shows it: a
-// path that leads there, or the file itself where its name is gone.
-func (s *Set) locate(v *namespace.View, text string, st *unix.Stat_t, link string) (string, *removed, error) {
+// where is what leads to a file: a path; with it a mount, where others have
+// covered the path; or the file itself where its name is gone.
+type where struct {
+	path string
+	mnt  int32
+	gone *removed
+}
+
+// locate finds what a task holds under text, as a link in /proc shows it.
+func (s *Set) locate(v *namespace.View, text string, st *unix.Stat_t, link string) (where, error) {
 	err := resolves(v.Root, text, st)
 	path, deleted := strings.CutSuffix(text, deletedSuffix)
 	if err == nil || !deleted {
-		return text, nil, err
+		if s.Covered == nil {
+			return where{path: text}, err
+		}
+		mnt, e := mountOf(unix.AT_FDCWD, link)
+		if e == nil && s.covered(v, text, mnt, st) {
+			return where{path: text, mnt: int32(mnt)}, nil
+		}
+		return where{path: text}, err
 	}
 	if err := s.sameDirectory(v, filepath.Dir(path)); err != nil {
-		return "", nil, err
+		return where{}, err
 	}
 	key := fileID{st.Dev, st.Ino}
 	if r := s.removed[key]; r != nil {
-		return path, r, nil
+		return where{path: path, gone: r}, nil
+	}
+	if err := s.uncovered(path, st, link); err != nil {
+		return where{}, err
 	}
 	r, err := s.remove(path, st, link)
 	if err != nil {
-		return "", nil, err
+		return where{}, err
 	}
 	s.removed[key] = r
 	s.gone = append(s.gone, r)
-	return path, r, nil
+	return where{path: path, gone: r}, nil
+}
+
+// uncovered refuses a file that has lost its name, in a directory over which the
+// container has mounted something since.
+func (s *Set) uncovered(path string, st *unix.Stat_t, link string) error {
+	if s.Covered == nil {
+		return nil
+	}
+	now, err := s.lstat(filepath.Dir(path))
+	if err == nil && now.Dev != st.Dev && !s.overlaid(filepath.Dir(path)) {
+		return fail.Refuse("", "it was deleted and the container has mounted something over where it was; that is not supported", "close it before the checkpoint")
+	}
+	return nil
 }
 
 // sameDirectory refuses a directory of a mount namespace that a task has made

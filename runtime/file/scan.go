@@ -308,6 +308,10 @@ type Env struct {
 	Views func() []*namespace.View
 	// External are the open files that are to be left out.
 	External []Key
+	// Covered tells, where the container has mounted something itself, whether
+	// the file of st is the one at a path if nothing were mounted on the mount
+	// with an id.
+	Covered func(mnt int, path string, st *unix.Stat_t) bool
 	// Place is the one that a process is in, nil for the container's own.
 	Place func(pid int) *namespace.View
 }
@@ -597,11 +601,43 @@ func (s *Set) fsType(one *seen) string {
 }
 
 // inPlace checks that the path of a description still names its file, and notes
-// the mount namespace in which it does.
+// the mount, or the mount namespace, in which it does.
 func (s *Set) inPlace(d *Description) error {
 	v := s.place(d)
 	s.inside(d, v)
-	return resolves(v.Root, d.seen.link, &d.seen.stat)
+	err := resolves(v.Root, d.seen.link, &d.seen.stat)
+	if s.covered(v, d.seen.link, d.seen.mnt, &d.seen.stat) {
+		d.Record.Mnt, err = int32(d.seen.mnt), nil
+	}
+	return err
+}
+
+// covered reports a file that its path does not lead to because the container has
+// mounted something over it. The same file may be there, in another mount.
+func (s *Set) covered(v *namespace.View, path string, mnt int, st *unix.Stat_t) bool {
+	if s.Covered == nil || v.Ref != nil {
+		return false
+	}
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+	fd, err := unix.Openat2(int(v.Root.Fd()), path, &how)
+	if err == nil {
+		defer unix.Close(fd)
+		if now, err := mountOf(fd, ""); err == nil && now == mnt {
+			return false
+		}
+	}
+	return s.Covered(mnt, path, st)
+}
+
+// mountOf is the id of the mount that a path from a directory leads to.
+func mountOf(dir int, path string) (int, error) {
+	flags := 0
+	if path == "" {
+		flags = unix.AT_EMPTY_PATH
+	}
+	var st unix.Statx_t
+	err := unix.Statx(dir, path, flags, unix.STATX_MNT_ID, &st)
+	return int(st.Mnt_id), err
 }
 
 // place is the mount namespace in which a description has its path.
@@ -662,11 +698,12 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	if o := s.mapped[key]; o != nil {
 		return o, nil
 	}
-	name, gone, err := s.locate(s.own(), path, &st, link)
+	at, err := s.locate(s.own(), path, &st, link)
 	if err != nil {
 		return nil, err
 	}
-	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: name, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode}
+	name, gone := at.path, at.gone
+	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: name, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode, Mnt: at.mnt}
 	if write {
 		rec.Flags = unix.O_RDWR
 	}
@@ -713,39 +750,39 @@ func (s *Set) Removed(path, link string) bool {
 // FS reads where a process stands in the file system.
 func (s *Set) FS(pid int, umask uint32) (*object.Object, error) {
 	rec := &image.FS{Umask: umask}
-	cwd, err := s.stands(pid, "cwd", &rec.Cwd)
+	cwd, err := s.stands(pid, "cwd")
 	if err != nil {
 		return nil, err
 	}
-	root, err := s.stands(pid, "root", &rec.Root)
+	root, err := s.stands(pid, "root")
 	if err != nil {
 		return nil, err
 	}
+	rec.Cwd, rec.CwdMnt, rec.Root, rec.RootMnt = cwd.path, cwd.mnt, root.path, root.mnt
 	return &object.Object{Type: image.TypeFS, Record: rec, Complete: func() {
-		if cwd != nil {
-			rec.CwdRemoved = cwd.Ref
+		if cwd.gone != nil {
+			rec.CwdRemoved = cwd.gone.Ref
 		}
-		if root != nil {
-			rec.RootRemoved = root.Ref
+		if root.gone != nil {
+			rec.RootRemoved = root.gone.Ref
 		}
 	}}, nil
 }
 
 // stands reads one of the directories that a process stands in.
-func (s *Set) stands(pid int, name string, path *string) (*removed, error) {
+func (s *Set) stands(pid int, name string) (at where, err error) {
 	link := fmt.Sprintf("/proc/%d/%s", pid, name)
 	text, err := os.Readlink(link)
 	if err != nil {
-		return nil, gone(pid, err)
+		return at, gone(pid, err)
 	}
 	if !filepath.IsAbs(text) {
-		return nil, fail.Refuse(name+" "+text, "the directory cannot be reached from the container's root", "change to another directory before the checkpoint")
+		return at, fail.Refuse(name+" "+text, "the directory cannot be reached from the container's root", "change to another directory before the checkpoint")
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(link, &st); err != nil {
-		return nil, gone(pid, err)
+		return at, gone(pid, err)
 	}
-	at, r, err := s.locate(s.viewOf(pid), text, &st, link)
-	*path = at
-	return r, fail.On(name+" "+text, err)
+	at, err = s.locate(s.viewOf(pid), text, &st, link)
+	return at, fail.On(name+" "+text, err)
 }

@@ -1,7 +1,6 @@
 package namespace
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -84,22 +84,11 @@ func (d *mountDiff) load() (err error) {
 		return fail.Refuse("", "no task in it has its root for its own, so nothing tells all its mounts", "")
 	}
 	d.root = fmt.Sprintf("/proc/%d/root", pid)
-	if d.base, err = mountsOf(d.set.Init); err != nil {
+	if d.base, err = mount.Read(d.set.Init); err != nil {
 		return err
 	}
-	d.mine, err = mountsOf(pid)
+	d.mine, err = mount.Read(pid)
 	return err
-}
-
-func mountsOf(pid int) ([]*mountinfo.Info, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	list, err := mountinfo.GetMountsFromReader(f, nil)
-	slices.SortStableFunc(list, func(a, b *mountinfo.Info) int { return cmp.Compare(a.ID, b.ID) })
-	return list, err
 }
 
 // match finds the copy of each of the container's mounts.
@@ -210,7 +199,7 @@ func (d *mountDiff) addition(m *mountinfo.Info) error {
 	}
 	top := true
 	for _, o := range d.mine {
-		top = top && (o.Mountpoint != m.Mountpoint || o.ID <= m.ID)
+		top = o == m || top && o.Mountpoint != m.Mountpoint // the kernel lists them as they were made
 	}
 	switch p := propagation(m); {
 	case !top:
@@ -430,11 +419,7 @@ func (d *mountDiff) view() (*View, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &View{Root: root, Ref: &d.ns.Record.Ref}
-	for _, m := range d.mine {
-		v.Mounts = append(v.Mounts, image.Mount{ID: m.ID, Parent: m.Parent, Root: m.Root, Point: m.Mountpoint, FSType: m.FSType})
-	}
-	return v, nil
+	return &View{Root: root, Ref: &d.ns.Record.Ref, Mounts: mount.Records(d.mine)}, nil
 }
 
 // Mounts makes the mounts that must wait until the tasks are in their

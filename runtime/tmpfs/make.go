@@ -135,12 +135,12 @@ func (w wanted) Directory(path string, _ ID) (Part, error) {
 // Entry reports true: all that is named is wanted.
 func (w wanted) Entry(string, ID) bool { return true }
 
-// Points lists the mount points of the image's file systems by their roots.
-func (m *Maker) Points() map[image.Ref]string {
-	out := map[image.Ref]string{}
+// Roots lists the roots of the image's file systems.
+func (m *Maker) Roots() map[image.Ref]*image.Inode {
+	out := map[image.Ref]*image.Inode{}
 	for _, ref := range m.order {
-		if p := m.entries[ref].Point; p != "" {
-			out[ref] = p
+		if e := m.entries[ref]; e.Point != "" {
+			out[ref] = e.Inode
 		}
 	}
 	return out

@@ -172,6 +172,9 @@ func (t *Tree) Partial() (paths []string) {
 	return paths
 }
 
+// Mount notes that the container has made the mount with an id itself.
+func (t *Tree) Mount(id int32) { t.dirs[0].record.Mnt = id }
+
 // Close releases the root.
 func (t *Tree) Close() error { return t.root.Close() }
 
