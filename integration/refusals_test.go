@@ -247,7 +247,14 @@ func TestRefusedRestore(t *testing.T) {
 func TestMountsWithinBundle(t *testing.T) {
 	const script = `mkdir /out/m && mount -t tmpfs own /out/m && echo kept >/out/m/file && exec /bin/tree.sh`
 	var spec specs.Spec
-	keep := func(_ *container, s *specs.Spec) { spec = *s }
+	keep := func(c *container, s *specs.Spec) {
+		// Images for Kubernetes are asked for mounts below /var/run, a link.
+		c.must(os.MkdirAll(filepath.Join(c.rootfs(), "var"), 0o755))
+		c.must(os.MkdirAll(filepath.Join(c.rootfs(), "run/secrets"), 0o755))
+		c.must(os.Symlink("/run", filepath.Join(c.rootfs(), "var/run")))
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/var/run/secrets", Type: "bind", Source: fixtures, Options: []string{"rbind", "ro"}})
+		spec = *s
+	}
 	c := newContainer(t, withReport("tree"), withArgs("sh", "-c", script), withMounting(), keep).run()
 	c.progress(5)
 	for name, r := range map[string]struct{ make, undo, says string }{

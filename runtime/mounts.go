@@ -37,8 +37,14 @@ func (r *restore) prepareMounts() error {
 		return err
 	}
 	m, err := mount.NewMaker(r.maker, r.made.stub.Pid, r.head, have, &r.made.config)
-	if err != nil || !m.Needed() {
+	if err != nil {
 		return err
+	}
+	for _, point := range m.Stays() {
+		r.Log.Warn("a mount that the container has changed stays as the bundle, which was changed too, makes it", "point", point)
+	}
+	if !m.Needed() {
+		return nil
 	}
 	if err := r.mayMount(); err != nil {
 		return err

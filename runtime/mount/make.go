@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"unsafe"
@@ -76,6 +75,10 @@ func NewMaker(stub Stub, pid int, head *image.Head, have []*mountinfo.Info, is *
 // pair finds the engine's mounts that are those of the image: those at one point
 // in their order.
 func (m *Maker) pair() {
+	bind := map[string]bool{"/": true}
+	for _, c := range m.is.Mounts {
+		bind[filepath.Clean(c.Destination)] = c.IsBind()
+	}
 	for i := range m.head.Container.Mounts {
 		r := &m.head.Container.Mounts[i]
 		if r.Own != "" {
@@ -83,7 +86,7 @@ func (m *Maker) pair() {
 		}
 		for _, h := range m.have {
 			if h.Mountpoint == r.Point && !m.ours[h] {
-				if h.FSType == r.FSType {
+				if h.FSType == r.FSType || bind[r.Point] { // the host's, which may be another
 					m.match[r.ID], m.ours[h] = h, true
 				}
 				break
@@ -95,33 +98,53 @@ func (m *Maker) pair() {
 // unchanged reports a point about which the operator's bundle says what it said
 // at the checkpoint, sources aside.
 func (m *Maker) unchanged(point string) bool {
-	at := func(c *configs.Config) (out []configs.Mount) {
+	at := func(c *configs.Config) (out []string) {
 		for _, e := range c.Mounts {
 			if filepath.Clean(e.Destination) == point {
 				one := *e
 				one.Source, one.IDMapping = "", nil
-				out = append(out, one)
+				text, _ := json.Marshal(one) // nothing that was read from JSON fails
+				out = append(out, string(text))
 			}
 		}
 		return out
 	}
 	return point == "/" && m.was.Readonlyfs == m.is.Readonlyfs && m.was.RootPropagation == m.is.RootPropagation ||
-		point != "/" && reflect.DeepEqual(at(&m.was), at(m.is))
+		point != "/" && slices.Equal(at(&m.was), at(m.is))
+}
+
+// Stays lists the mounts that are not as the container had them, because the
+// operator's bundle says something else about them now.
+func (m *Maker) Stays() (points []string) {
+	for i := range m.head.Container.Mounts {
+		r := &m.head.Container.Mounts[i]
+		if h := m.match[r.ID]; h != nil && !m.unchanged(r.Point) && m.differs(r, h) {
+			points = append(points, r.Point)
+		}
+	}
+	for _, h := range m.have {
+		if !m.ours[h] && slices.Contains(m.head.Container.Unmounted, h.Mountpoint) && !m.unchanged(h.Mountpoint) {
+			points = append(points, h.Mountpoint)
+		}
+	}
+	return points
 }
 
 // changed are the mounts of the bundle's that the container has changed.
 func (m *Maker) changed() (out []*image.Mount) {
 	for i := range m.head.Container.Mounts {
 		r := &m.head.Container.Mounts[i]
-		h := m.match[r.ID]
-		if h == nil || !m.unchanged(r.Point) {
-			continue
-		}
-		if r.Options != h.Options || !sharingOf(r.Optional).like(sharingOf(h.Optional)) || len(m.superChanges(r, h)) > 0 || readOnly(r.Super) != readOnly(h.VFSOptions) && changeable[r.FSType] != nil {
+		if h := m.match[r.ID]; h != nil && m.unchanged(r.Point) && m.differs(r, h) {
 			out = append(out, r)
 		}
 	}
 	return out
+}
+
+// differs reports a mount of the bundle's that is not as the engine makes it now.
+func (m *Maker) differs(r *image.Mount, h *mountinfo.Info) bool {
+	return r.Options != h.Options || !sharingOf(r.Optional).like(sharingOf(h.Optional)) || len(m.superChanges(r, h)) > 0 ||
+		readOnly(r.Super) != readOnly(h.VFSOptions) && changeable[r.FSType] != nil
 }
 
 // Needed reports whether the mounts are not yet what they are to be.

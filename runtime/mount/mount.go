@@ -46,7 +46,10 @@ func Records(list []*mountinfo.Info) []image.Mount {
 var attributes = map[string]uint64{
 	"rw": 0, "ro": unix.MOUNT_ATTR_RDONLY, "nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
 	"noatime": unix.MOUNT_ATTR_NOATIME, "nodiratime": unix.MOUNT_ATTR_NODIRATIME, "relatime": 0, "nosymfollow": unix.MOUNT_ATTR_NOSYMFOLLOW,
+	idmapped: 0, // the bundle's to make
 }
+
+const idmapped = "idmapped"
 
 // allAttributes are those that a mount_setattr(2) of ours decides on.
 const allAttributes = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC |

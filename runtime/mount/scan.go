@@ -61,6 +61,9 @@ func Scan(env Env) (*Set, error) {
 	if env.May {
 		s.findUnmounted(left)
 	}
+	if slices.Contains(s.Unmounted, "/proc") {
+		return nil, fail.Refuse("mount /proc", "the container has unmounted it, and is restored through it", "mount it again before the checkpoint")
+	}
 	if !s.own {
 		return s, nil
 	}
@@ -126,6 +129,7 @@ func expect(config *configs.Config) map[string][]want {
 // of those that the bundle makes.
 func (s *Set) classify() (map[string][]want, error) {
 	left := expect(s.Config)
+	s.followLinks(left)
 	bundles := map[int]bool{}
 	for i := range s.Mounts {
 		m := &s.Mounts[i]
@@ -144,6 +148,28 @@ func (s *Set) classify() (map[string][]want, error) {
 		s.own, m.Own = true, image.MountNew
 	}
 	return left, nil
+}
+
+// followLinks adds where bind mounts of the bundle stand that it asks for at paths
+// through symbolic links of the root, such as /var/run.
+func (s *Set) followLinks(wants map[string][]want) {
+	for _, m := range s.Config.Mounts {
+		point := filepath.Clean(m.Destination)
+		if !m.IsBind() || s.Root == nil || slices.ContainsFunc(s.Mounts, func(r image.Mount) bool { return r.Point == point }) {
+			continue
+		}
+		how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+		fd, err := unix.Openat2(int(s.Root.Fd()), point, &how)
+		if err != nil {
+			continue
+		}
+		to, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+		_ = unix.Close(fd)
+		if err == nil && to != point {
+			delete(wants, point)
+			wants[to] = append(wants[to], want{})
+		}
+	}
 }
 
 // below reports a mount under one of the bundle's own that comes with it:
@@ -251,6 +277,10 @@ func (s *Set) check(m *image.Mount) error {
 		return err
 	}
 	switch {
+	case slices.Contains(strings.Split(m.Options, ","), idmapped):
+		return fail.Refuse("", "it is idmapped, and nothing tells how", "unmount it before the checkpoint")
+	case m.Point == "/proc" && (m.FSType != "proc" || m.Root != "/"):
+		return fail.Refuse("", "it hides the container's /proc, through which it is restored", "unmount it before the checkpoint")
 	case strings.HasSuffix(m.Root, "//deleted"):
 		return fail.Refuse("", "what was mounted there is deleted", "unmount it before the checkpoint")
 	case parent == nil:

@@ -97,7 +97,7 @@ func TestWithoutRights(t *testing.T) {
 func TestChecks(t *testing.T) {
 	for line, says := range map[string]string{
 		"10 1 0:10 / /t rw - fuse.x f rw":                                        "type fuse.x",
-		"10 1 0:10 / /t rw,idmapped - tmpfs f rw":                                "option idmapped",
+		"10 1 0:10 / /t rw,idmapped - tmpfs f rw":                                "it is idmapped",
 		"10 99 0:10 / /t rw - tmpfs f rw":                                        "stands on nothing",
 		"10 1 0:10 / /t rw master:7 - tmpfs f rw":                                "events from outside",
 		"10 1 0:10 / /t rw - overlay o rw,lowerdir=/a:b":                         "not an absolute path",

@@ -113,7 +113,7 @@ func (m *Maker) shareGroup(id int, first *image.Mount, now map[int]sharing) erro
 			return fail.On("mount "+r.Point, err)
 		}
 		master := leader(mounts, is.master)
-		if r == first && is.master != 0 && master == nil && now[r.ID].master == 0 {
+		if r.Own != "" && r == first && is.master != 0 && master == nil && now[r.ID].master == 0 {
 			return m.noMaster(r)
 		}
 		if _, err := m.run(r, func(b *tracee.Batch) {
@@ -145,6 +145,9 @@ func (m *Maker) shareAlone(r *image.Mount, is, was sharing) error {
 	}
 	master := leader(m.head.Container.Mounts, is.master)
 	if is.master != 0 && master == nil && was.master == 0 {
+		if r.Own == "" {
+			return nil // as the bundle makes it on this host
+		}
 		return m.noMaster(r)
 	}
 	_, err := m.run(r, func(b *tracee.Batch) {
