@@ -88,7 +88,7 @@ func TestCousins(t *testing.T) {
 func TestManyAreas(t *testing.T) {
 	c := newContainer(t, withReport("manyareas"), withArgs("/bin/manyareas")).run()
 	c.progress(3)
-	cycle(c, 1)
+	cycle(c, 2)
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", c.state().Pid))
 	c.must(err)
 	if n := bytes.Count(maps, []byte("\n")); n < 50000 {
