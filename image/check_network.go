@@ -78,3 +78,25 @@ func (b *builder) checkLink(l *NetLink) error {
 	}
 	return nil
 }
+
+// checkPackets checks what sockets have that send packets.
+func checkPackets(s *Socket) error {
+	const maxSockaddr, maxGroups, maxSources = 128, 1 << 16, 1 << 12
+	if len(s.Peer) > maxSockaddr || s.Peer != nil && s.TCP != nil {
+		return fmt.Errorf("socket with a peer's address of %d bytes", len(s.Peer))
+	}
+	if len(s.Groups) > maxGroups || len(s.Devices) > maxNetLinks {
+		return fmt.Errorf("socket with %d memberships of %d devices", len(s.Groups), len(s.Devices))
+	}
+	for _, g := range s.Groups {
+		if len(g.Address) > maxSockaddr || len(g.Sources) > maxSources || !all(g.Sources, func(a []byte) bool { return len(a) <= maxSockaddr }) {
+			return fmt.Errorf("membership of %d sources", len(g.Sources))
+		}
+	}
+	for _, d := range s.Datagrams {
+		if len(d.From) > maxSockaddr || len(d.To) != 0 && len(d.To) != 4 && len(d.To) != 16 || len(d.Data) > maxNetMessage {
+			return fmt.Errorf("datagram of %d bytes", len(d.Data))
+		}
+	}
+	return nil
+}

@@ -32,6 +32,9 @@ func checkSocket(s *Socket) error {
 			return err
 		}
 	}
+	if err := checkPackets(s); err != nil {
+		return err
+	}
 	for _, o := range s.Options {
 		if len(o.Value) > maxOption {
 			return fmt.Errorf("socket option %d/%d of %d bytes", o.Level, o.Name, len(o.Value))

@@ -831,6 +831,37 @@ type Socket struct {
 	GID       uint32      `cbor:"11,keyasint,omitempty"`
 	Unix      *UnixState  `cbor:"12,keyasint,omitempty"`
 	TCP       *TCP        `cbor:"30,keyasint,omitempty"` // of a TCP socket that has, or had, a peer
+
+	Peer      []byte         `cbor:"40,keyasint,omitempty"` // of others: struct sockaddr of getpeername(2)
+	Groups    []SocketGroup  `cbor:"41,keyasint,omitempty"` // memberships
+	Devices   []SocketDevice `cbor:"42,keyasint,omitempty"` // names of the devices whose numbers stand in the fields and options of this socket
+	Datagrams []Datagram     `cbor:"43,keyasint,omitempty"` // that wait to be read, in order
+	Fanout    uint32         `cbor:"44,keyasint,omitempty"` // packet: PACKET_FANOUT
+}
+
+// SocketGroup is a membership of a socket.
+type SocketGroup struct {
+	Device  int32    `cbor:"1,keyasint,omitempty"`
+	Address []byte   `cbor:"2,keyasint,omitempty"` // internet: struct sockaddr of the group; packet: a hardware address
+	Type    uint32   `cbor:"3,keyasint,omitempty"` // packet: PACKET_MR_*; netlink: the group
+	Only    bool     `cbor:"4,keyasint,omitempty"` // internet: what Sources send and nothing else, instead of all but that
+	Sources [][]byte `cbor:"5,keyasint,omitempty"` // struct sockaddr
+}
+
+// SocketDevice is a network device by its number and name.
+type SocketDevice struct {
+	Index int32  `cbor:"1,keyasint"`
+	Name  string `cbor:"2,keyasint"`
+}
+
+// Datagram is one that waits in a socket of UDP.
+type Datagram struct {
+	From    []byte `cbor:"1,keyasint"`           // struct sockaddr
+	To      []byte `cbor:"2,keyasint,omitempty"` // address it was sent to, 4 or 16 bytes, if the program can ask for it
+	Device  int32  `cbor:"3,keyasint,omitempty"` // it came in by, likewise
+	Data    []byte `cbor:"4,keyasint,omitempty"`
+	TTL     uint8  `cbor:"5,keyasint,omitempty"`
+	Service uint8  `cbor:"6,keyasint,omitempty"` // type of service, traffic class
 }
 
 // UnixState is what a unix socket has besides (unix(7)).

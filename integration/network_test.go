@@ -24,6 +24,13 @@ func withTun() option {
 	}
 }
 
+// withPing lets everybody have ping sockets.
+func withPing() option {
+	return func(_ *container, spec *specs.Spec) {
+		spec.Linux.Sysctl = map[string]string{"net.ipv4.ping_group_range": "0 1000"}
+	}
+}
+
 // lively is what a container does in its network namespace, by its own
 // programs or from outside as the same user. NEST stands for the pid of a
 // process in a network namespace of its own.

@@ -56,6 +56,7 @@ var programs = []program{
 		withArgs("/bin/tmpfs", "chown"), withTmpfs("/run"), withNewPrivileges(),
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
+	{name: "datagrams", loopback: true, options: []option{withArgs("/bin/datagrams", "ping"), withNewPrivileges(), withCapabilities("CAP_NET_RAW"), withPing()}},
 	{name: "tun", options: []option{withArgs("/bin/tun"), withTun(), withNewPrivileges(), withCapabilities("CAP_NET_ADMIN")}},
 	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts"), withMounting()}},
 	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts", "shared"), withMounting()}},

@@ -402,6 +402,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		n.checkSharing,
 		n.files.Fits,
 		n.files.CheckLocks,
+		func() error { return n.files.ReadDatagrams(k.c.warn) },
 		func() error { return k.confine.check(n, k.c.warn) },
 	} {
 		if err := step(); err != nil {

@@ -241,7 +241,7 @@ func (r *restore) changeConnections() {
 	}
 	for _, o := range r.head.Objects {
 		if f, ok := o.(*image.File); ok && f.Socket != nil && (f.Socket.Family == unix.AF_INET || f.Socket.Family == unix.AF_INET6) {
-			f.Socket.Address = sock.Readdress(f.Socket.Address, r.AddressMap)
+			f.Socket.Address, f.Socket.Peer = sock.Readdress(f.Socket.Address, r.AddressMap), sock.Readdress(f.Socket.Peer, r.AddressMap)
 		}
 	}
 	if r.TCPClose {

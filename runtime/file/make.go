@@ -190,6 +190,9 @@ func (m *Maker) Make() error {
 	if err := m.prepareUnix(); err != nil {
 		return err
 	}
+	if err := sock.Renumber(m.netns(), m.sockets(func(s *image.Socket) bool { return len(s.Devices) > 0 })); err != nil {
+		return err
+	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
 		if f, ok := m.head.Objects[ref].(*image.File); ok && !late(f) && m.unix.late[ref] == 0 {
@@ -202,6 +205,9 @@ func (m *Maker) Make() error {
 		}
 	}
 	if err := m.connect(); err != nil {
+		return err
+	}
+	if err := m.refillSockets(); err != nil {
 		return err
 	}
 	return m.setTerminals()

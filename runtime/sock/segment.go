@@ -155,8 +155,11 @@ func (s *Segment) packet(from, to netip.Addr) []byte {
 // checksum is that of RFC 1071.
 func checksum(b []byte) uint16 {
 	var sum uint32
-	for i := 0; i+1 < len(b); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	for pair := range slices.Chunk(b, 2) {
+		sum += uint32(pair[0]) << 8
+		if len(pair) > 1 {
+			sum += uint32(pair[1])
+		}
 	}
 	for sum > 0xffff {
 		sum = sum>>16 + sum&0xffff

@@ -2,9 +2,9 @@
 package sock
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"slices"
 	"unsafe"
@@ -28,6 +28,7 @@ type Inside struct {
 
 	Choices
 
+	joined    []membership
 	diagnoses map[int]*diagnosis // by family
 	fresh     map[[3]int32]map[option]string
 	unix      map[uint64]*Diagnosis // by inode
@@ -52,7 +53,7 @@ type Choices struct {
 type family struct {
 	// read fills in the record of a socket that is open here as fd.
 	read func(in *Inside, fd int, inode uint64, s *image.Socket) error
-	// types are the pairs of type and protocol that there are.
+	// types are the pairs of type and protocol that there are; nil: any.
 	types [][2]int32
 	// options are the socket options to read and set again.
 	options []option
@@ -67,15 +68,41 @@ type family struct {
 func familyOf(s *image.Socket) *family {
 	switch s.Family {
 	case unix.AF_INET, unix.AF_INET6:
-		for _, f := range []*family{&tcp, &udp} {
+		if s.Type == unix.SOCK_RAW {
+			return &raw
+		}
+		for _, f := range []*family{&tcp, &udp, &ping} {
 			if slices.Contains(f.types, [2]int32{s.Type, s.Protocol}) {
 				return f
 			}
 		}
 	case unix.AF_UNIX:
 		return &local
+	case unix.AF_PACKET:
+		return &packet
+	case unix.AF_NETLINK:
+		return &netlinkSockets
 	}
 	return nil
+}
+
+// names are those of families that are not supported.
+var names = map[int32]string{
+	unix.AF_VSOCK: "AF_VSOCK", unix.AF_ALG: "AF_ALG", unix.AF_XDP: "AF_XDP", unix.AF_TIPC: "AF_TIPC", unix.AF_BLUETOOTH: "AF_BLUETOOTH",
+	unix.AF_CAN: "AF_CAN", unix.AF_KEY: "AF_KEY", unix.AF_PPPOX: "AF_PPPOX", unix.AF_RDS: "AF_RDS", unix.AF_KCM: "AF_KCM", unix.AF_QIPCRTR: "AF_QIPCRTR",
+	unix.AF_SMC: "AF_SMC",
+}
+
+// unsupported refuses a socket by its kind.
+func unsupported(s *image.Socket) error {
+	name := names[s.Family]
+	switch {
+	case s.Protocol == unix.IPPROTO_SCTP && name == "":
+		name = "SCTP"
+	case name == "":
+		name = fmt.Sprintf("family %d, type %d, protocol %d", s.Family, s.Type, s.Protocol)
+	}
+	return fail.Refuse("", "sockets of "+name+" are not supported", "close it before the checkpoint, or leave it out (--external)")
 }
 
 func number(fd, level, name int) (int, error) {
@@ -100,7 +127,7 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 	}
 	fam := familyOf(s)
 	if fam == nil {
-		return nil, fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported yet", s.Family, s.Type, s.Protocol), "close it before the checkpoint")
+		return nil, unsupported(s)
 	}
 	if v, err := number(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err == nil {
 		s.Listening = v != 0
@@ -112,37 +139,13 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 	if err := fam.read(in, fd, inode, s); err != nil {
 		return nil, err
 	}
-	return s, readOptions(in, fd, fam, s)
-}
-
-func unconnected(fd int) error {
-	peer, err := unix.Getpeername(fd)
-	if errors.Is(err, unix.ENOTCONN) {
-		return nil
+	if err := readOptions(in, fd, fam, s); err != nil {
+		return nil, err
 	}
-	if err != nil {
-		return fmt.Errorf("getpeername: %w", err)
+	if s.Family == unix.AF_UNIX {
+		return s, nil
 	}
-	local := "it"
-	if a, err := unix.Getsockname(fd); err == nil {
-		local = describe(a)
-	}
-	return fail.Refuse("", local+" is connected to "+describe(peer)+"; connected sockets are not supported yet", "close the connection before the checkpoint")
-}
-
-func describe(a unix.Sockaddr) string {
-	switch a := a.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)).String()
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port)).String()
-	case *unix.SockaddrUnix:
-		if a.Name == "" || a.Name == "@" {
-			return "an unnamed unix socket"
-		}
-		return "unix:" + a.Name
-	}
-	return "a peer"
+	return s, in.nameDevices(s)
 }
 
 // boundAddress and peerAddress are the raw struct sockaddr of getsockname(2) and
@@ -177,7 +180,7 @@ func Open(b *tracee.Batch, s *image.Socket) (int, error) {
 // come from anywhere, and a socket option can reach beyond the container.
 func allowed(s *image.Socket) error {
 	fam := familyOf(s)
-	if fam == nil || !slices.Contains(fam.types, [2]int32{s.Type, s.Protocol}) {
+	if fam == nil || fam.types != nil && !slices.Contains(fam.types, [2]int32{s.Type, s.Protocol}) {
 		return fail.Refuse("", fmt.Sprintf("sockets of family %d, type %d, protocol %d are not supported", s.Family, s.Type, s.Protocol), "restore with a newer ocickpt")
 	}
 	if err := allowedOptions(fam, s); err != nil {
@@ -231,7 +234,10 @@ func bind(b *tracee.Batch, fd int, s *image.Socket) {
 func bound(s *image.Socket) bool {
 	switch s.Family {
 	case unix.AF_INET, unix.AF_INET6:
-		return len(s.Address) >= 4 && (s.Address[2] != 0 || s.Address[3] != 0)
+		// A raw socket has an address without a port.
+		return slices.ContainsFunc(s.Address[min(2, len(s.Address)):], func(b byte) bool { return b != 0 })
+	case unix.AF_NETLINK:
+		return len(s.Address) >= sockaddrNL && binary.NativeEndian.Uint32(s.Address[nlPid:]) != 0
 	}
 	return len(s.Address) > 2
 }

@@ -3,6 +3,7 @@ package sock
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -151,26 +152,72 @@ func TestUnixPair(t *testing.T) {
 	}
 }
 
-func TestDatagramsRefused(t *testing.T) {
-	for domain, at := range map[int]unix.Sockaddr{
-		unix.AF_INET: &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}} {
-		f := open(t, domain, unix.SOCK_DGRAM, 0)
-		must(t, unix.Bind(fd(f), at))
-		if _, err := read(f); err != nil {
-			t.Errorf("empty: %v", err)
+func TestUnsupported(t *testing.T) {
+	refused(t, open(t, unix.AF_VSOCK, unix.SOCK_STREAM, 0), "sockets of AF_VSOCK are not")
+	corked := open(t, unix.AF_INET, unix.SOCK_DGRAM, 0)
+	must(t, unix.SetsockoptInt(fd(corked), unix.SOL_UDP, udpCork, 1))
+	refused(t, corked, "UDP_CORK")
+	told := open(t, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE)
+	must(t, unix.Sendto(fd(told), append([]byte{20, 0, 0, 0, 0xff, 0xff, unix.NLM_F_REQUEST, unix.NLM_F_ACK >> 8}, make([]byte, 12)...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
+	refused(t, told, "messages wait at a netlink socket")
+	ring := open(t, unix.AF_PACKET, unix.SOCK_RAW, 0)
+	must(t, unix.SetsockoptTpacketReq(fd(ring), unix.SOL_PACKET, unix.PACKET_RX_RING, &unix.TpacketReq{Block_size: 4096, Block_nr: 1, Frame_size: 2048, Frame_nr: 2}))
+	refused(t, ring, "it has a ring")
+	for _, s := range []image.Socket{{Family: unix.AF_VSOCK, Type: unix.SOCK_STREAM}, {Family: unix.AF_PACKET, Type: unix.SOCK_PACKET}} {
+		if _, err := Open(&tracee.Batch{}, &s); err == nil {
+			t.Errorf("a socket of family %d, type %d was opened", s.Family, s.Type)
 		}
-		to, err := unix.Getsockname(fd(f))
-		must(t, err)
-		must(t, unix.Sendto(fd(open(t, domain, unix.SOCK_DGRAM, 0)), []byte("x"), 0, to))
-		refused(t, f, "datagrams wait")
 	}
 }
 
-func TestUnsupported(t *testing.T) {
-	refused(t, open(t, unix.AF_NETLINK, unix.SOCK_RAW, 0), "sockets of family 16")
-	refused(t, open(t, unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP), "type 3, protocol 1")
-	if _, err := Open(&tracee.Batch{}, &image.Socket{Family: unix.AF_NETLINK}); err == nil {
-		t.Error("a socket of an unknown family was opened")
+// TestQueue looks at datagrams twice, and leaves all in place.
+func TestQueue(t *testing.T) {
+	f, from := open(t, unix.AF_INET, unix.SOCK_DGRAM, 0), open(t, unix.AF_INET, unix.SOCK_DGRAM, 0)
+	for _, one := range []*os.File{f, from} {
+		must(t, unix.Bind(fd(one), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	}
+	at, err := unix.Getsockname(fd(f))
+	must(t, err)
+	for _, text := range []string{"one", "", "three"} {
+		must(t, unix.Sendto(fd(from), []byte(text), 0, at))
+	}
+	sender, err := boundAddress(fd(from))
+	must(t, err)
+	for _, want := range [][]string{{"one", "", "three"}, {"one", "three"}} { // the kernel shows an empty one once
+		s, err := read(f)
+		must(t, err)
+		must(t, ReadQueue(fd(f), s, func(format string, args ...any) { t.Errorf(format, args...) }))
+		var got []string
+		for _, d := range s.Datagrams {
+			got = append(got, string(d.Data))
+			if addressOf(d.From) != addressOf(sender) {
+				t.Errorf("from %v", addressOf(d.From))
+			}
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Error(d)
+		}
+	}
+}
+
+func TestParseGroups(t *testing.T) {
+	four := parseIGMP("Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n2\teth0      :     2      V3\n\t\t\t\t030201EF     1 0:00000000\t\t0\n\t\t\t\t010000E0     1 0:00000000\t\t0\n")
+	six := parseIGMP6("3    eth1            ff020000000000000000000000000077     1 00000004 0\nx\n4 e ff 1\n")
+	want := []membership{{2, netip.MustParseAddr("239.1.2.3")}, {3, netip.MustParseAddr("ff02::77")}}
+	if got := append(four, six...); !slices.Equal(got, want) {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestDatagram(t *testing.T) {
+	from, to := netip.MustParseAddrPort("192.0.2.1:7"), netip.MustParseAddrPort("127.0.0.1:9")
+	p := datagram(unix.IPPROTO_UDP, from, to, &image.Datagram{Data: []byte("odd"), TTL: 3, Service: 8})
+	pseudo := slices.Concat(p[12:20], []byte{0, unix.IPPROTO_UDP, 0, 11}, p[20:])
+	if len(p) != 31 || p[8] != 3 || p[1] != 8 || checksum(pseudo) != 0 {
+		t.Errorf("%x, %#x", p, checksum(pseudo))
+	}
+	if p := datagram(unix.IPPROTO_UDP, from, netip.MustParseAddrPort("239.1.1.1:9"), &image.Datagram{TTL: 3}); p[8] != 0 {
+		t.Errorf("a datagram to many lives for %d hops", p[8])
 	}
 }
 
