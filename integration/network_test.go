@@ -184,3 +184,68 @@ func TestNetwork(t *testing.T) {
 	c.checkpoint("--leave-running")
 	c.progress(5)
 }
+
+// admin is a container that may change its network namespace.
+func admin(t *testing.T, options ...option) *container {
+	c := newContainer(t, append([]option{withReport("n"), withArgs("sh", "-c", "i=0; while :; do i=$((i+1)); echo $i >>/out/n; sleep 0.02; done"), withCapabilities("CAP_NET_ADMIN")}, options...)...).run()
+	c.progress(2)
+	return c
+}
+
+// TestNetworkRefused meets what is not saved of a network namespace, and leaves
+// all of it to the engine.
+func TestNetworkRefused(t *testing.T) {
+	c := admin(t)
+	c.raiseLoopback()
+	for _, r := range []struct{ make, take, say string }{
+		{"tc qdisc add dev lo root handle 5: pfifo", "tc qdisc del dev lo root", "lo: it has a queueing discipline of its own"},
+		{"nft add table t; nft add chain t c; nft add rule t c ip ttl 1 jump { accept \\; }", "nft delete table t", "nftables: a rule has a chain without a name"},
+		{"ip link add s type vxlan id 1 dstport 4789", "ip link del s", "s: devices of type vxlan are not supported"},
+		{"ip xfrm policy add src 10.0.0.1 dst 10.0.0.2 dir out", "ip xfrm policy flush", "IPsec: it has a policy"},
+	} {
+		c.inNetwork("sh", "-c", r.make)
+		result := c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id)
+		if result.code == 0 || !strings.Contains(result.stderr, r.say) {
+			t.Errorf("%s: exit status %d\n%s", r.make, result.code, result.stderr)
+		}
+		c.inNetwork("sh", "-c", r.take)
+	}
+	c.progress(3)
+	c.inNetwork("sh", "-c", "ip link add i type ifb; ip addr add 10.9.9.9/24 dev i; nft add table t; ip rule add pref 9 from 10.9.9.9 lookup main")
+	c.checkpoint()
+	c.mustBeGone()
+	c.restore("--empty-ns", "network")
+	if links := c.inNetwork("ip", "-br", "link"); strings.Contains(links, "\ni ") {
+		t.Errorf("what is left to the engine: %s", links)
+	}
+	c.progress(3)
+	c.checkpoint("--empty-ns", "network")
+	c.mustBeGone()
+	c.restore()
+	c.progress(3)
+}
+
+// TestNetworkOfEngine has a device of which one end is outside: a hook makes it
+// again, with its address, and what the container has set goes back beside it.
+func TestNetworkOfEngine(t *testing.T) {
+	hook := func(c *container, spec *specs.Spec) {
+		script := "pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/'); ip link add ock-out type veth peer name eth0 netns $pid && nsenter -t $pid -n sh -c 'ip addr add 10.44.0.2/24 dev eth0; ip link set eth0 up; ip route add default via 10.44.0.1'"
+		spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Env: []string{"PATH=" + os.Getenv("PATH")}}}}
+	}
+	c := admin(t, hook)
+	c.raiseLoopback()
+	c.inNetwork("sh", "-c", "ip addr add 10.44.9.9/32 dev lo; ip route add blackhole 10.45.0.0/16; nft add table ip mine")
+	look := func() string { return c.inNetwork("sh", "-c", "ip -br addr; ip route; nft list ruleset") }
+	before := strings.ReplaceAll(look(), "eth0@if", "eth0@")
+	number := regexp.MustCompile(`eth0@[a-z]*[0-9]+ +[A-Z]+|fe80:\S+`)
+	c.checkpoint()
+	c.mustBeGone()
+	c.restore()
+	if diff := cmp.Diff(number.ReplaceAllString(before, ""), number.ReplaceAllString(strings.ReplaceAll(look(), "eth0@if", "eth0@"), "")); diff != "" {
+		t.Errorf("(-before +after)\n%s", diff)
+	}
+	c.progress(3)
+	if r := c.ocickpt("inspect", c.image()+"/checkpoint.img"); !strings.Contains(r.stdout, "network device eth0 is not saved") {
+		t.Errorf("no warning:\n%s", r.stdout)
+	}
+}
