@@ -90,6 +90,7 @@ type Connection struct {
 	// Content are the bytes of both queues, as they stand in the image.
 	Content []byte
 	read    moving // when it was
+	steady  bool   // it is read for good
 }
 
 // Reusable reports whether SO_REUSEADDR is set, which TCP_REPAIR clears.
@@ -106,14 +107,19 @@ func (c *Connection) Reusable() bool { return Reusable(c.Record) }
 // its peer may still send ends with the window, which nobody opens.
 const readTries = 200
 
-// ReadConnections reads the queues and the state of connections, so that both ends
-// of one inside the container are of the same moment. Each is in repair mode for
+// ReadConnections reads the queues and the state of connections, each of one moment,
+// and both ends of one inside the container of the same. Each is in repair mode for
 // microseconds.
 func ReadConnections(all []*Connection) error {
+	ends := map[Pair]bool{}
+	for _, c := range all {
+		ends[PairOf(c.Record)] = true
+	}
 	for range readTries {
 		moved := false
 		for _, c := range all {
-			same, err := c.readOnce()
+			p := PairOf(c.Record)
+			same, err := c.readOnce(!ends[Pair{Local: p.Peer, Peer: p.Local}])
 			if err != nil {
 				return c.Named(err)
 			}
@@ -126,8 +132,13 @@ func ReadConnections(all []*Connection) error {
 	return &fail.Error{Cause: errors.New("TCP connections do not come to rest"), Remedy: "try again"}
 }
 
-// readOnce reads a connection unless nothing has changed since the last time.
-func (c *Connection) readOnce() (same bool, err error) {
+// readOnce reads a connection, unless nothing has changed since the last time. One
+// whose other end is not read is good if nothing changed while it was: its peer may
+// go on for as long as it likes.
+func (c *Connection) readOnce(alone bool) (same bool, err error) {
+	if c.steady {
+		return true, nil
+	}
 	f, err := c.open()
 	if err != nil {
 		return false, err
@@ -137,9 +148,15 @@ func (c *Connection) readOnce() (same bool, err error) {
 	if err != nil || now == c.read {
 		return true, err
 	}
-	c.Content, err = readConnection(int(f.Fd()), c.Record)
+	if c.Content, err = readConnection(int(f.Fd()), c.Record); err != nil {
+		return false, err
+	}
 	c.read = now
-	return false, err
+	if alone {
+		now, err = readMoving(int(f.Fd()))
+		c.steady = err == nil && now == c.read
+	}
+	return c.steady, err
 }
 
 // readConnection completes the record of a connection and returns the bytes of
