@@ -147,7 +147,8 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		return err
 	}
 	n.files = file.NewSet(file.Env{
-		Root: c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
+		Running: running,
+		Root:    c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
 		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], External: c.external, Sockets: c.sockets,
 		Inner: n.innerPid, Promise: c.promiseFor(running),
 	})

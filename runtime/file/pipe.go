@@ -78,7 +78,7 @@ func (s *Set) checkPipes() error {
 			continue
 		}
 		s.order = append(s.order, p)
-		if err == nil && p.record.Length > 0 {
+		if err == nil && p.record.Length > 0 && !s.Running {
 			err = p.findPackets()
 		}
 		if err != nil {

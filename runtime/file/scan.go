@@ -278,11 +278,14 @@ type Set struct {
 
 // Env is what the room must know of the container.
 type Env struct {
-	Root   *os.File // of the container's file system, to resolve paths in
-	Mounts []image.Mount
-	Stdio  []string // link targets that init was started with
-	Init   *Process
-	Shared *mm.Shared
+	// Running: the tasks are not stopped. What lies in pipes comes and goes, and
+	// is not looked at.
+	Running bool
+	Root    *os.File // of the container's file system, to resolve paths in
+	Mounts  []image.Mount
+	Stdio   []string // link targets that init was started with
+	Init    *Process
+	Shared  *mm.Shared
 	// Console is the container's terminal as ConsoleRoot tells it.
 	Console string
 	// Named finds a file of the container's own memory file systems by device

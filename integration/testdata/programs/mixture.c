@@ -26,7 +26,7 @@
 enum kind {
 	NONE, PIPE_R, PIPE_W, FIFO, EVENT, TIMER, SIGNAL, EPOLL, FILE_, APPEND,
 	GONE, UNNAMED, DIRECTORY, PLACE, MEMFD, NULL_, LISTENER, INOTIFY, MASTER,
-	SLAVE, PIDFD, PROC, QUEUE, NAMESPACE, PAIR, KINDS
+	SLAVE, PIDFD, PROC, QUEUE, NAMESPACE, PAIR, DIRECT, KINDS
 };
 
 #define MOST 400	/* open files */
@@ -62,6 +62,8 @@ static unsigned rnd(unsigned n)
 
 /* The signal of a signalfd: blocked everywhere, and real-time ones queue. */
 #define SIGNO(i) (SIGRTMIN + 1 + (i) % 20)
+
+static uint8_t block[4096] __attribute__((aligned(4096)));
 
 static uint8_t pattern(int i, long at)
 {
@@ -153,6 +155,10 @@ static void make_listener(int i)
 static void make(enum kind kind)
 {
 	struct itimerspec late = { .it_value = { 5000 + rnd(5000), 0 } };
+	static const int seals[] = {
+		F_SEAL_SHRINK, F_SEAL_GROW | F_SEAL_WRITE, F_SEAL_SEAL, 0x20 /* F_SEAL_EXEC */,
+		F_SEAL_FUTURE_WRITE, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
+	};
 	struct mq_attr small = { .mq_maxmsg = 2, .mq_msgsize = 64 };
 	int i, j, fd, ends[2];
 	sigset_t set;
@@ -208,6 +214,15 @@ static void make(enum kind kind)
 			put(open(f->path, O_RDONLY), j);
 		}
 		break;
+	case DIRECT: /* larger than 4 GiB, all of it a hole but for one block */
+		fd = open(f->path, O_RDWR | O_CREAT | O_EXCL | O_DIRECT, 0600);
+		need(fd >= 0 && !ftruncate(fd, 6LL << 30));
+		memset(block, pattern(i, 0), sizeof(block));
+		need(pwrite(fd, block, sizeof(block), 5LL << 30) == sizeof(block));
+		if (rnd(2))
+			need(!unlink(f->path));
+		put(fd, i);
+		break;
 	case UNNAMED:
 		fd = open("/tmp/m", O_RDWR | O_TMPFILE, 0600);
 		need(fd >= 0);
@@ -227,7 +242,8 @@ static void make(enum kind kind)
 		need(fd >= 0);
 		fill(fd, i);
 		if (rnd(2))
-			need(!fcntl(fd, F_ADD_SEALS, f->flags = F_SEAL_SHRINK | (rnd(2) ? F_SEAL_WRITE : F_SEAL_GROW)));
+			need(!fcntl(fd, F_ADD_SEALS, seals[rnd(COUNT(seals))]));
+		f->flags = fcntl(fd, F_GET_SEALS);
 		put(fd, i);
 		break;
 	case NULL_:
@@ -313,7 +329,7 @@ static void use_file(int fd, int i)
 {
 	struct file *f = &sh->file[i];
 	uint8_t byte;
-	int sealed = f->kind == MEMFD && f->flags & F_SEAL_WRITE;
+	int sealed = f->kind == MEMFD && f->flags & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE);
 
 	need(lseek(fd, 0, SEEK_CUR) == f->pos);
 	if (f->pos < 299) {
@@ -335,7 +351,7 @@ static void use_file(int fd, int i)
 		need(pwrite(fd, &byte, 1, 3) == -1 && errno == EPERM);
 	}
 	if (f->kind == MEMFD)
-		need(fcntl(fd, F_GET_SEALS) == (f->flags ? f->flags : 0));
+		need(fcntl(fd, F_GET_SEALS) == f->flags);
 }
 
 static void use_epoll(int fd, struct file *f)
@@ -393,7 +409,13 @@ static void use_listener(struct file *f, int fd)
 
 	need(!getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &one) && listens);
 	need(!getsockname(fd, (void *)&a, &size) && !strcmp(a.sun_path, f->path));
+	int c = socket(AF_UNIX, SOCK_STREAM, 0), peer;
+
 	need(accept(fd, NULL, NULL) == -1 && errno == EAGAIN);
+	need(c >= 0 && !connect(c, (void *)&a, size));
+	need((peer = accept(fd, NULL, NULL)) >= 0);
+	close(peer);
+	close(c);
 }
 
 static void use_signal(int fd, int i)
@@ -456,6 +478,13 @@ static void use(int fd)
 	case MEMFD:
 		use_file(fd, i);
 		break;
+	case DIRECT:
+		need(fcntl(fd, F_GETFL) & O_DIRECT);
+		memset(block, 0, sizeof(block));
+		need(pread(fd, block, sizeof(block), 5LL << 30) == sizeof(block));
+		need(block[0] == pattern(i, 0) && block[4095] == block[0]);
+		need(!fstat(fd, &st) && st.st_size == 6LL << 30 && st.st_blocks <= 64);
+		break;
 	case DIRECTORY:
 	case PLACE:
 		need(!fstat(fd, &st) && !lstat(f->path, &named));
@@ -514,7 +543,7 @@ static void mix(void)
 	static const enum kind kinds[] = {
 		PIPE_R, PIPE_R, FIFO, EVENT, EVENT, TIMER, SIGNAL, EPOLL, FILE_, APPEND,
 		GONE, UNNAMED, DIRECTORY, PLACE, MEMFD, NULL_, LISTENER, INOTIFY,
-		MASTER, PIDFD, PROC, QUEUE, NAMESPACE, PAIR, PAIR
+		MASTER, PIDFD, PROC, QUEUE, NAMESPACE, PAIR, PAIR, DIRECT
 	};
 	int fd, to;
 
