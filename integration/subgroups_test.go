@@ -12,15 +12,15 @@ func withCgroups() option {
 	return func(_ *container, spec *specs.Spec) {
 		for i := range spec.Mounts {
 			if m := &spec.Mounts[i]; m.Type == "cgroup" {
-				m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
+				m.Options = append(slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" }), "rw")
 			}
 		}
 	}
 }
 
 // subgroups takes cgroups that a container has made through two generations.
-func subgroups(t *testing.T, args ...string) {
-	c := newContainer(t, withReport("subgroups"), withArgs(append([]string{"/bin/subgroups"}, args...)...), withCgroups(),
+func subgroups(t *testing.T, arg string) {
+	c := newContainer(t, withReport("subgroups"), withArgs("/bin/subgroups", arg), withCgroups(),
 		withCapabilities("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SYS_ADMIN")).run()
 	c.progress(5)
 	cycle(c, 2)
@@ -29,7 +29,7 @@ func subgroups(t *testing.T, args ...string) {
 }
 
 func TestSubgroups(t *testing.T) {
-	subgroups(t)
+	subgroups(t, "v1")
 }
 
 func TestSubgroupsV2(t *testing.T) {
@@ -46,7 +46,7 @@ func TestSubgroupsRefused(t *testing.T) {
 	c.checkpoint()
 	c.mustBeGone()
 	c.refusesBundles(t, map[string][3]string{
-		"no room for cgroups": {`"relatime"` + "\n", `"relatime","ro"` + "\n", "cgroup freezer:held"},
+		"no room for cgroups": {`"rw"`, `"ro"`, "cgroup freezer:held"},
 	})
 	c.restore()
 	c.progress(3)
