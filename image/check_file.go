@@ -22,6 +22,7 @@ const (
 	partTimerfd
 	partSignalfd
 	partInotify
+	partFanotify
 	partSocket
 	partMqueue
 	partTun
@@ -39,6 +40,7 @@ var kinds = map[string]part{
 	KindTimerfd:   partTimerfd,
 	KindSignalfd:  partSignalfd,
 	KindInotify:   partInotify,
+	KindFanotify:  partFanotify,
 	KindPidfd:     partNone,
 	KindNamespace: partNone,
 	KindSocket:    partSocket,
@@ -93,6 +95,8 @@ func (b *builder) checkFile(f *File) error {
 		return b.checkEpoll(f.Epoll)
 	case partInotify:
 		return b.checkInotify(f.Inotify)
+	case partFanotify:
+		return b.checkFanotify(f.Fanotify)
 	case partSocket:
 		return checkSocket(f.Socket)
 	}
@@ -157,6 +161,7 @@ func (f *File) onlyPart(want part) error {
 		partTimerfd:  f.Timerfd != nil,
 		partSignalfd: f.Signalfd != nil,
 		partInotify:  f.Inotify != nil,
+		partFanotify: f.Fanotify != nil,
 		partSocket:   f.Socket != nil,
 	}
 	if want == partShmem || want == partPty || want == partMqueue {
@@ -211,6 +216,32 @@ func (b *builder) checkInotify(n *Inotify) error {
 			return fmt.Errorf("watch %d: reference %d names no file before it", w.WD, w.Object)
 		}
 		seen[w.WD] = true
+	}
+	return nil
+}
+
+// Bits of fanotify (include/uapi/linux/fanotify.h): how groups are made without
+// those that decide on accesses, what marks are on and how they ignore, what they
+// are about without permissions.
+const (
+	fanInit      = 0x3 | 0x70 | 0xff80
+	fanMarkFlags = 0x10 | 0x100 | 0x40 | 0x200 | 0x400
+	fanEvents    = 0x1fff | 0x8000 | 0x1000000 | 0x2000000 | 0x8000000 | 0x10000000 | 0x40000000
+)
+
+func (b *builder) checkFanotify(n *Fanotify) error {
+	if n.Flags&^uint32(fanInit) != 0 {
+		return fmt.Errorf("a group with the flags %#x", n.Flags)
+	}
+	for i, m := range n.Marks {
+		switch {
+		case m.Flags&^uint32(fanMarkFlags) != 0 || (m.Mask|m.Ignored)&^uint64(fanEvents) != 0 || m.Mask|m.Ignored == 0:
+			return fmt.Errorf("mark %d has the flags %#x and is about %#x, but for %#x", i, m.Flags, m.Mask, m.Ignored)
+		case (m.Object == 0) != strings.HasPrefix(m.Path, "/"):
+			return fmt.Errorf("mark %d has no path and no file, or both", i)
+		case m.Object != 0 && b.Removed(m.Object) == nil && b.File(m.Object) == nil:
+			return fmt.Errorf("mark %d: reference %d names no file before it", i, m.Object)
+		}
 	}
 	return nil
 }

@@ -318,6 +318,12 @@ func TestBadObjects(t *testing.T) {
 		{"a packet of 4097 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{Length: 4097, Packet: true}}; return true })},
 		{"a packet of 0 bytes", on(func(p *Pipe) bool { p.Runs = []PipeRun{{}, {Length: 5}}; return true })},
 		{"names no fifo", on(func(p *Pipe) bool { p.Removed = refPipe; return true })},
+		{"a group with the flags 0x4", instead(File{Kind: KindFanotify, Fanotify: &Fanotify{Flags: 4}})},
+		{"mark 0 has the flags 0x2", marking(Mark{Flags: 2, Mask: 2, Path: "/etc"})},
+		{"is about 0x10000", marking(Mark{Mask: 0x10000, Path: "/etc"})},
+		{"is about 0x0, but for 0x0", marking(Mark{Path: "/etc"})},
+		{"mark 0 has no path and no file", marking(Mark{Mask: 2})},
+		{"mark 0: reference", marking(Mark{Mask: 2, Object: refPipe})},
 		{"watch 0 is not positive", watching(Watch{Mask: 2, Path: "/etc"})},
 		{"watch 1 is not positive or stands twice", watching(Watch{WD: 1, Mask: 2, Path: "/etc"}, Watch{WD: 1, Mask: 2, Path: "/srv"})},
 		{"has the mask 0x2000002", watching(Watch{WD: 1, Mask: 0x2000002, Path: "/etc"})},
@@ -854,4 +860,8 @@ func instead(other File) func(r *sampleRecord) bool {
 		*f = other
 		return true
 	})
+}
+
+func marking(m Mark) func(r *sampleRecord) bool {
+	return instead(File{Kind: KindFanotify, Fanotify: &Fanotify{Marks: []Mark{m}}})
 }

@@ -603,6 +603,7 @@ const (
 	KindTimerfd   = "timerfd"
 	KindSignalfd  = "signalfd"
 	KindInotify   = "inotify"
+	KindFanotify  = "fanotify"
 	KindPidfd     = "pidfd"
 	KindNamespace = "namespace"
 	KindSocket    = "socket"
@@ -644,6 +645,8 @@ type File struct {
 
 	Inotify *Inotify `cbor:"30,keyasint,omitempty"`
 	Gone    *Gone    `cbor:"31,keyasint,omitempty"` // pidfd and proc: the task it is about, which is gone
+
+	Fanotify *Fanotify `cbor:"32,keyasint,omitempty"`
 
 	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }
@@ -813,6 +816,22 @@ type Watch struct {
 	Mask   uint32 `cbor:"2,keyasint"` // IN_*
 	Path   string `cbor:"3,keyasint,omitempty"`
 	Object Ref    `cbor:"4,keyasint,omitempty"` // the file, where it has no path: a Removed or a File
+}
+
+// Fanotify is a fanotify(7) group.
+type Fanotify struct {
+	Flags      uint32 `cbor:"1,keyasint"`           // of fanotify_init(2)
+	EventFlags uint32 `cbor:"2,keyasint,omitempty"` // likewise
+	Marks      []Mark `cbor:"3,keyasint,omitempty"`
+}
+
+// Mark is what a fanotify group watches: a file, a mount or a file system.
+type Mark struct {
+	Flags   uint32 `cbor:"1,keyasint,omitempty"` // FAN_MARK_*: what it is on, and how it ignores
+	Mask    uint64 `cbor:"2,keyasint,omitempty"` // FAN_*
+	Ignored uint64 `cbor:"3,keyasint,omitempty"` // likewise
+	Path    string `cbor:"4,keyasint,omitempty"`
+	Object  Ref    `cbor:"5,keyasint,omitempty"` // the file, where it has no path: a Removed or a File
 }
 
 // Socket is a socket. How sockets of the container are connected to each other

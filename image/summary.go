@@ -480,6 +480,8 @@ func target(h *Head, f *File) string {
 			return "a task that is gone"
 		}
 		return fmt.Sprintf("task %d", f.Pid)
+	case KindFanotify:
+		return fmt.Sprintf("%d marks", len(f.Fanotify.Marks))
 	case KindInotify:
 		return inotifyTarget(f.Inotify)
 	case KindSocket:

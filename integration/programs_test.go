@@ -67,7 +67,7 @@ var programs = []program{
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},
 	{name: "jobs", options: []option{withArgs("/bin/jobs")}, connect: "jobs.connect"},
-	{name: "descriptors", options: []option{withHostPrograms(), withArgs("/out/bin/descriptors")}},
+	{name: "descriptors", options: []option{withHostPrograms(), withArgs("/out/bin/descriptors"), withCapabilities("CAP_SYS_ADMIN")}},
 	{name: "connections", loopback: true, options: []option{withArgs("/bin/connections"), withConnections()}},
 	{name: "python", options: []option{
 		withHostPrograms(), withArgs("/usr/bin/python3", "/out/bin/threads.py"),

@@ -41,7 +41,11 @@ var inotify = kind{
 				return fmt.Errorf("fdinfo: %q: %w", rest, err)
 			}
 			d.Record.Inotify.Watches = append(d.Record.Inotify.Watches, w)
-			d.places = append(d.places, at)
+			d.watched = append(d.watched, watched{place: at, what: fmt.Sprintf("its watch %d", w.WD)})
+		}
+		for i := range d.watched {
+			w := &d.Record.Inotify.Watches[i]
+			d.watched[i].path, d.watched[i].object = &w.Path, &w.Object
 		}
 		for _, w := range d.Record.Inotify.Watches {
 			// The last number given is told only by watches that are still there.
@@ -62,47 +66,6 @@ var inotify = kind{
 	finish: func(_ *Maker, b *tracee.Batch, fd int, f *image.File) { setFlags(b, fd, f.Flags) },
 }
 
-// findWatched finds what inotify watches: by a path, or the open file that has
-// none.
-func (s *Set) findWatched() error {
-	wanted := map[place]bool{}
-	for _, d := range s.descs {
-		for _, p := range d.places {
-			wanted[p] = true
-		}
-	}
-	found, kept, err := s.findPlaces(wanted)
-	if err != nil {
-		return err
-	}
-	for _, d := range s.descs {
-		if d.Record.Inotify == nil {
-			continue
-		}
-		for i, p := range d.places {
-			w := &d.Record.Inotify.Watches[i]
-			if w.Path = found[p]; w.Path != "" {
-				continue
-			}
-			held := kept[p]
-			if held == nil {
-				return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), fail.Refuse("",
-					fmt.Sprintf("its watch %d is on inode %d of device %d:%d, which has no path in the container and is open in no task of it", w.WD, p.ino, p.dev>>20, p.dev&0xfffff),
-					"remove the watch (inotify_rm_watch) or close it before the checkpoint")))
-			}
-			d.targets = append(d.targets, held.files...)
-			complete := d.Complete
-			d.Complete = func() {
-				if complete != nil {
-					complete()
-				}
-				w.Object = held.ref()
-			}
-		}
-	}
-	return nil
-}
-
 // atOnce is how many files are open for a moment while they are given watches.
 const atOnce = spareNumbers / 2
 
@@ -110,94 +73,124 @@ const atOnce = spareNumbers / 2
 // number the next watch gets.
 const inotifySetNextWD = 0x40044900
 
-// Watch gives inotify its watches and lets it know of lost events. It comes when
-// nothing is done to files any more, so that no event tells of the restore.
+// Watch gives inotify and fanotify what they watch and lets them know of lost
+// events. It comes when nothing is done to files any more, so that no event tells
+// of the restore.
 func (m *Maker) Watch() error {
 	for _, ref := range Refs(m.head) {
 		f := m.head.File(ref)
-		if f == nil || f.Inotify == nil {
-			continue
+		var err error
+		switch {
+		case f == nil:
+		case f.Inotify != nil:
+			err = m.watch(ref, f)
+		case f.Fanotify != nil:
+			err = m.mark(ref, f)
 		}
-		if f.Inotify.Overflow {
-			if err := m.overflow(m.fds[ref]); err != nil {
-				return fail.On("inotify", err)
-			}
-		}
-		for some := range slices.Chunk(f.Inotify.Watches, atOnce) {
-			err := m.addWatches(m.identityOf(f.Opener), m.fds[ref], some)
-			if denied(err) {
-				err = m.addWatches(m.bundle, m.fds[ref], some)
-			}
-			if err != nil {
-				return fail.On("inotify", err)
-			}
-		}
-		if f.Inotify.Next > 0 {
-			var b tracee.Batch
-			b.Add(unix.SYS_IOCTL, tracee.W(m.fds[ref]), tracee.W(inotifySetNextWD), tracee.W(f.Inotify.Next))
-			if _, err := m.stub.Run(&b); err != nil {
-				return fail.On("inotify", err)
-			}
+		if err != nil {
+			return fail.On(f.Kind, err)
 		}
 	}
 	return nil
 }
 
+// watch gives inotify its watches.
+func (m *Maker) watch(ref image.Ref, f *image.File) error {
+	if f.Inotify.Overflow {
+		if err := m.overflow(m.fds[ref]); err != nil {
+			return err
+		}
+	}
+	for some := range slices.Chunk(f.Inotify.Watches, atOnce) {
+		err := m.addWatches(m.identityOf(f.Opener), m.fds[ref], some)
+		if denied(err) {
+			err = m.addWatches(m.bundle, m.fds[ref], some)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if f.Inotify.Next == 0 {
+		return nil
+	}
+	var b tracee.Batch
+	b.Add(unix.SYS_IOCTL, tracee.W(m.fds[ref]), tracee.W(inotifySetNextWD), tracee.W(f.Inotify.Next))
+	_, err := m.stub.Run(&b)
+	return err
+}
+
 // addWatches adds some watches as somebody who may read the files. Adding one
 // once more changes nothing.
 func (m *Maker) addWatches(who Identity, fd int, some []image.Watch) error {
-	opened, err := m.openWatched(who, some)
+	return m.onFiles(who, len(some),
+		func(i int) (string, image.Ref) { return some[i].Path, some[i].Object },
+		func(b *tracee.Batch, i int, path string) int {
+			b.Add(unix.SYS_IOCTL, tracee.W(fd), tracee.W(inotifySetNextWD), tracee.W(some[i].WD))
+			return b.Try(unix.SYS_INOTIFY_ADD_WATCH, tracee.W(fd), b.String(path), tracee.W(some[i].Mask))
+		},
+		func(i int, got int64) error {
+			if got != int64(some[i].WD) {
+				return fmt.Errorf("the watch on %s has the number %d instead of %d: two of them are on one file by now", some[i].Path, got, some[i].WD)
+			}
+			return nil
+		})
+}
+
+func watchError(path string, err error) error {
+	e := &fail.Error{Cause: fmt.Errorf("%s cannot be watched again: %w", path, err)}
+	if errors.Is(err, unix.ENOSPC) {
+		e.Remedy = "raise fs.inotify.max_user_watches or fs.fanotify.max_user_marks"
+	}
+	return e
+}
+
+// onFiles makes, as somebody, a call on each of some files that are watched: at
+// tells where one is, add adds the call on a path that leads to it for the moment,
+// and check looks at what it returned.
+func (m *Maker) onFiles(who Identity, n int, at func(i int) (string, image.Ref), add func(b *tracee.Batch, i int, path string) int, check func(i int, got int64) error) error {
+	opened, err := m.openWatched(who, n, at)
 	defer m.closeAll(opened)
 	if err != nil {
 		return err
 	}
 	var b tracee.Batch
 	m.become(&b, who)
-	calls := make([]int, len(some))
-	for i, w := range some {
-		at, ok := opened[i], true
-		if w.Object != 0 {
-			at, ok = m.number(w.Object)
+	calls := make([]int, n)
+	for i := range n {
+		fd, ok := opened[i], true
+		if _, object := at(i); object != 0 {
+			fd, ok = m.number(object)
 		}
 		if !ok {
-			return fmt.Errorf("watch %d: object %d is not open", w.WD, w.Object)
+			return errors.New("a file that it watches is not open")
 		}
-		b.Add(unix.SYS_IOCTL, tracee.W(fd), tracee.W(inotifySetNextWD), tracee.W(w.WD))
-		calls[i] = b.Try(unix.SYS_INOTIFY_ADD_WATCH, tracee.W(fd), b.String(fmt.Sprintf("/proc/self/fd/%d", at)), tracee.W(w.Mask))
+		calls[i] = add(&b, i, fmt.Sprintf("/proc/self/fd/%d", fd))
 	}
 	m.become(&b, m.self)
 	if _, err := m.stub.Run(&b); err != nil {
 		return errors.Join(err, m.restoreSelf())
 	}
-	for i, w := range some {
-		if err := b.Err(calls[i]); err != nil {
-			return watchError(&w, err)
+	for i, call := range calls {
+		path, _ := at(i)
+		if err := b.Err(call); err != nil {
+			return watchError(path, err)
 		}
-		if got := b.Calls[calls[i]].Ret; got != int64(w.WD) {
-			return fmt.Errorf("the watch on %s has the number %d instead of %d: two of them are on one file by now", w.Path, got, w.WD)
+		if err := check(i, b.Calls[call].Ret); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func watchError(w *image.Watch, err error) error {
-	e := &fail.Error{Cause: fmt.Errorf("%s cannot be watched again: %w", w.Path, err)}
-	if errors.Is(err, unix.ENOSPC) {
-		e.Remedy = "raise fs.inotify.max_user_watches"
-	}
-	return e
-}
-
-// openWatched opens the files of some watches as somebody, by their paths.
-func (m *Maker) openWatched(who Identity, some []image.Watch) ([]int, error) {
-	opened := make([]int, len(some))
+// openWatched opens files as somebody, those that have paths.
+func (m *Maker) openWatched(who Identity, n int, at func(i int) (string, image.Ref)) ([]int, error) {
+	opened, calls := make([]int, n), make([]int, n)
 	var b tracee.Batch
 	m.become(&b, who)
-	calls := make([]int, len(some))
-	for i, w := range some {
+	for i := range n {
 		opened[i], calls[i] = -1, -1
-		if w.Object == 0 {
-			calls[i] = openPath(&b, w.Path, unix.O_PATH)
+		if path, object := at(i); object == 0 {
+			calls[i] = openPath(&b, path, unix.O_PATH)
 			b.Calls[calls[i]].Tolerate = true
 		}
 	}
@@ -211,7 +204,8 @@ func (m *Maker) openWatched(who Identity, some []image.Watch) ([]int, error) {
 			continue
 		}
 		if err := b.Err(call); err != nil {
-			first = errors.Join(first, watchError(&some[i], err))
+			path, _ := at(i)
+			first = errors.Join(first, watchError(path, err))
 			continue
 		}
 		opened[i] = int(b.Calls[call].Ret)

@@ -31,7 +31,7 @@ type kind struct {
 var kinds []kind
 
 func init() {
-	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, pidfd, nsfs, shmem, socket, ptmx, tty, mqueue, external, proc, tun, regular, directory, device}
+	kinds = []kind{stdio, pathKind, pipeKind, fifo, epoll, eventfd, timerfd, signalfd, inotify, fanotify, pidfd, nsfs, shmem, socket, ptmx, tty, mqueue, external, proc, tun, regular, directory, device}
 }
 
 func kindOf(name string) *kind {

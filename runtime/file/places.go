@@ -25,6 +25,53 @@ type place struct {
 	handle   string // type and bytes
 }
 
+// watched is a file that something watches: where it is, and where the record
+// has what leads to it.
+type watched struct {
+	place
+	what   string // for messages
+	index  int    // of the record among others that have no place
+	path   *string
+	object *image.Ref
+}
+
+// findWatched finds what inotify and fanotify watch: by a path, or the open file
+// that has none.
+func (s *Set) findWatched() error {
+	wanted := map[place]bool{}
+	for _, d := range s.descs {
+		for _, w := range d.watched {
+			wanted[w.place] = true
+		}
+	}
+	found, kept, err := s.findPlaces(wanted)
+	if err != nil {
+		return err
+	}
+	for _, d := range s.descs {
+		for _, w := range d.watched {
+			if *w.path = found[w.place]; *w.path != "" {
+				continue
+			}
+			k := kept[w.place]
+			if k == nil {
+				return fail.In(d.seen.proc.Name, fail.On(d.seen.object(), fail.Refuse("",
+					fmt.Sprintf("%s is on inode %d of device %d:%d, which has no path in the container and is open in no task of it", w.what, w.ino, w.dev>>20, w.dev&0xfffff),
+					"remove it (inotify_rm_watch, fanotify_mark), or close the descriptor, before the checkpoint")))
+			}
+			d.targets = append(d.targets, k.files...)
+			complete := d.Complete
+			d.Complete = func() {
+				if complete != nil {
+					complete()
+				}
+				*w.object = k.ref()
+			}
+		}
+	}
+	return nil
+}
+
 // handleFID asks for a handle by which an inode can be told but need not be
 // found: every file system has one, overlayfs too (AT_HANDLE_FID of
 // name_to_handle_at(2), Linux 6.5).

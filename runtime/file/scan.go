@@ -214,9 +214,9 @@ type Description struct {
 	queue   *queue
 	segment *mm.Segment
 	targets []*Description // that it refers to; of an epoll by entry
-	places  []place        // that it watches
-	timed   [2]int64       // CLOCK_MONOTONIC and CLOCK_REALTIME when a timer was read
-	null    bool           // a guest's stream that becomes /dev/null
+	watched []watched
+	timed   [2]int64 // CLOCK_MONOTONIC and CLOCK_REALTIME when a timer was read
+	null    bool     // a guest's stream that becomes /dev/null
 
 	connection *sock.Connection
 }

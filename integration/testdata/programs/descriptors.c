@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/fanotify.h>
 #include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -706,6 +707,72 @@ static void check_timers(void)
 	unread_begin += n * PERIOD;
 }
 
+/* --- fanotify: what anybody may have, and what takes CAP_SYS_ADMIN --- */
+
+static int fan_fd, fan_all = -1, fan_used;
+
+static void make_fanotify(void)
+{
+	fan_fd = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_REPORT_FID | FAN_NONBLOCK | FAN_CLOEXEC, O_RDONLY);
+	need(fan_fd >= 0);
+	mkdir("/dev/shm/marked", 0755);
+	close(create("/dev/shm/marked/file"));
+	close(create("/dev/shm/marked/quiet"));
+	need(!fanotify_mark(fan_fd, FAN_MARK_ADD, FAN_ATTRIB | FAN_MODIFY, AT_FDCWD, "/dev/shm/marked/file"));
+	need(!fanotify_mark(fan_fd, FAN_MARK_ADD, FAN_ATTRIB | FAN_EVENT_ON_CHILD | FAN_ONDIR, AT_FDCWD, "/dev/shm/marked"));
+	need(!fanotify_mark(fan_fd, FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY, FAN_ATTRIB, AT_FDCWD, "/dev/shm/marked/quiet"));
+	fan_all = syscall(SYS_fanotify_init, FAN_CLASS_NOTIF | FAN_NONBLOCK | FAN_CLOEXEC, O_RDWR);
+	if (fan_all < 0) {
+		need(errno == EPERM);
+		return;
+	}
+	need(!fanotify_mark(fan_all, FAN_MARK_ADD | FAN_MARK_MOUNT, FAN_CLOSE_WRITE, AT_FDCWD, "/dev/shm"));
+	need(!fanotify_mark(fan_all, FAN_MARK_ADD | FAN_MARK_FILESYSTEM, FAN_OPEN, AT_FDCWD, "/dev/mqueue"));
+	need(!fanotify_mark(fan_all, FAN_MARK_ADD | FAN_MARK_IGNORE_SURV, FAN_CLOSE_WRITE, AT_FDCWD, "/dev/shm/marked/quiet"));
+}
+
+/* Reads events, which are about these, and closes what they come with. */
+static void fan_events(int fd, int count, unsigned long long mask)
+{
+	char buf[4096];
+	ssize_t n = read(fd, buf, sizeof(buf));
+	struct fanotify_event_metadata *e = (void *)buf;
+
+	if (count == 0) {
+		need(n == -1 && errno == EAGAIN);
+		return;
+	}
+	for (; count > 0; count--, e = FAN_EVENT_NEXT(e, n)) {
+		need(FAN_EVENT_OK(e, n));
+		if (e->mask != mask)
+			fail("an event %#llx instead of %#llx", e->mask, mask);
+		need(e->fd < 0 || !close(e->fd));
+	}
+	need(n == 0);
+}
+
+static void check_fanotify(void)
+{
+	int fd;
+
+	fan_events(fan_fd, 0, 0);
+	need(!chmod("/dev/shm/marked/file", 0600));
+	need(!chmod("/dev/shm/marked/quiet", 0600));
+	fan_events(fan_fd, 1, FAN_ATTRIB);
+	need(!chmod("/dev/shm/marked", 0755));
+	fan_events(fan_fd, 1, FAN_ATTRIB | FAN_ONDIR);
+	need((fcntl(fan_fd, F_GETFL) & O_NONBLOCK) && (fcntl(fan_fd, F_GETFD) & FD_CLOEXEC));
+	if (fan_all < 0)
+		return;
+	fan_events(fan_all, 0, 0);
+	fd = open("/dev/shm/marked/file", O_RDWR);
+	need(fd >= 0 && !close(fd));
+	fd = open("/dev/shm/marked/quiet", O_RDWR);
+	need(fd >= 0 && !close(fd));
+	fan_events(fan_all, 1, FAN_CLOSE_WRITE);
+	fan_used++;
+}
+
 static const struct {
 	const char *name;
 	void (*make)(void), (*check)(void);
@@ -715,6 +782,7 @@ static const struct {
 	{ "namespaces", make_namespaces, check_namespaces },
 	{ "pipes", make_pipes, check_pipes },
 	{ "epoll", make_epoll, check_epoll }, /* behind all who fork */
+	{ "fanotify", make_fanotify, check_fanotify },
 	{ "timers", make_timers, check_timers },
 };
 
