@@ -108,6 +108,8 @@ func (b *builder) checkFile(f *File) error {
 func (f *File) checkAbout() error {
 	g := f.Gone
 	switch {
+	case f.Thread < 0 || f.Thread != 0 && (f.Pid <= 0 || f.Kind != KindPidfd && f.Kind != KindProc):
+		return fmt.Errorf("an open file of kind %s about thread %d of task %d", quote(f.Kind), f.Thread, f.Pid)
 	case g != nil && (g.Number == 0 || g.Pid < 0 || f.Pid != 0):
 		return errors.New("a task that is gone without a number, or one that is there too")
 	case f.Kind == KindPidfd && (f.Pid < 0 || f.Pid == 0 && g == nil):

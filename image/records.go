@@ -647,6 +647,7 @@ type File struct {
 	Gone    *Gone    `cbor:"31,keyasint,omitempty"` // pidfd and proc: the task it is about, which is gone
 
 	Fanotify *Fanotify `cbor:"32,keyasint,omitempty"`
+	Thread   int32     `cbor:"33,keyasint,omitempty"` // pidfd and proc: the thread of Pid that it is about, where it is not the first
 
 	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
 }

@@ -159,7 +159,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.scanQueues(c); err != nil {
 		return err
 	}
-	n.files.Task = func(host int) (int32, bool, error) { return n.inner(c, host) }
+	n.files.Task = func(host int) (int32, int32, error) { return n.inner(c, host) }
 	if c.mounts.Own() {
 		n.files.Covered = c.mounts.Covered
 	}
@@ -206,22 +206,24 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	return n.openUnattached(c)
 }
 
-// inner is what the container calls a task of the host, 0 for one that is not of
-// it, and whether it is the first of its process. One that has ended and waits to
-// be reaped is of the container if its parent is.
-func (n *census) inner(c *container, host int) (int32, bool, error) {
+// inner is what the container calls a task of the host and its process, 0 for one
+// that is not of it. One that has ended and waits to be reaped is of the container
+// if its parent is.
+func (n *census) inner(c *container, host int) (tid, pid int32, err error) {
 	s, err := task.ReadStatus(host)
 	if err != nil {
-		return 0, false, err
+		return 0, 0, err
 	}
-	of := s.Tgid
-	if s.State == 'Z' {
-		of = s.PPid
+	tid = int32(c.level(s.NSpid))
+	for _, p := range n.procs {
+		switch {
+		case p.tgid == s.Tgid:
+			return tid, int32(p.inner), nil
+		case p.tgid == s.PPid && s.State == 'Z':
+			return tid, tid, nil
+		}
 	}
-	if !slices.ContainsFunc(n.procs, func(p *process) bool { return p.tgid == s.Tgid || p.tgid == of }) {
-		return 0, false, nil
-	}
-	return int32(c.level(s.NSpid)), s.Tgid == host, nil
+	return 0, 0, nil
 }
 
 // findTerminals tells the terminals whose they are.

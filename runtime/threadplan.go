@@ -127,7 +127,7 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 	if err != nil {
 		return nil, err
 	}
-	own := slices.ContainsFunc(steps, func(s threadStep) bool { return s.fresh&(unix.CLONE_FILES|unix.CLONE_FS) != 0 })
+	own := r.maker.AboutThreads(r.head.Files(t.Files)) || slices.ContainsFunc(steps, func(s threadStep) bool { return s.fresh&(unix.CLONE_FILES|unix.CLONE_FS) != 0 })
 	if !own && !vforks(t) {
 		r.completeTables(b, t)
 	}
@@ -150,10 +150,36 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 		}
 		b, steps = &tracee.Batch{}, steps[n:]
 	}
+	if err := r.openThreads(t, threads); err != nil {
+		return nil, err
+	}
 	if own {
 		err = r.completeAll(t, threads)
 	}
 	return threads, err
+}
+
+// openThreads puts what is about threads of a task into its tables.
+func (r *restore) openThreads(t *image.Task, threads []*tracee.Stub) error {
+	host := func(tid int32) int {
+		i := slices.IndexFunc(t.Threads, func(th image.Thread) bool { return th.Tid == tid })
+		if i < 0 {
+			return 0
+		}
+		return threads[i].Tid
+	}
+	for i, s := range threads {
+		table := t.Threads[i].Files
+		if i == 0 {
+			table = t.Files
+		}
+		if files := r.head.Files(table); r.maker.AboutThreads(files) {
+			if err := r.maker.OpenThreads(s, files, host); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // cloneBatch clones the threads of steps, which have the same cloner. Where ids

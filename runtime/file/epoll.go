@@ -258,6 +258,9 @@ func (s *Set) interest(d *Description) error {
 		if err != nil {
 			return err
 		}
+		if target.Record.Thread != 0 {
+			return fail.Refuse("", fmt.Sprintf("it watches fd %d, which is about thread %d of task %d; that is not supported", e.FD, target.Record.Thread, target.Record.Pid), "take it out of the epoll before the checkpoint")
+		}
 		if err := unwatched(target); err != nil {
 			return err
 		}

@@ -190,7 +190,7 @@ func (m *Maker) openWatched(who Identity, n int, at func(i int) (string, image.R
 	for i := range n {
 		opened[i], calls[i] = -1, -1
 		if path, object := at(i); object == 0 {
-			calls[i] = openPath(&b, path, unix.O_PATH)
+			calls[i] = openPath(&b, path, unix.O_PATH|unix.O_NOFOLLOW)
 			b.Calls[calls[i]].Tolerate = true
 		}
 	}

@@ -921,6 +921,9 @@ func (m *Maker) Table(s *tracee.Stub, files *image.Files) error {
 	for chunk := range slices.Chunk(files.Descriptors, 8192) {
 		var b tracee.Batch
 		for _, d := range chunk {
+			if m.head.File(d.File).Thread != 0 {
+				continue // OpenThreads
+			}
 			var flags uint32
 			if d.CloExec {
 				flags = unix.O_CLOEXEC
@@ -1021,7 +1024,7 @@ func late(f *image.File) bool { return f.Pid != 0 || f.Inside != 0 || f.Gone != 
 func (m *Maker) Obtain(host func(pid int32) int) error {
 	for _, ref := range Refs(m.head) {
 		f := m.head.File(ref)
-		if f == nil || f.Gone != nil || kindOf(f.Kind) == nil || kindOf(f.Kind).obtain == nil {
+		if f == nil || f.Gone != nil || f.Thread != 0 || kindOf(f.Kind) == nil || kindOf(f.Kind).obtain == nil {
 			continue
 		}
 		pid := host(f.Pid)
@@ -1046,7 +1049,7 @@ func (m *Maker) OpenInside(stubs map[int]*tracee.Stub) error {
 	}
 	for _, ref := range Refs(m.head) {
 		f, ok := m.head.Objects[ref].(*image.File)
-		if !ok || f.Inside == 0 && (f.Kind != image.KindProc || f.Pid == 0) {
+		if !ok || f.Inside == 0 && (f.Kind != image.KindProc || f.Pid == 0 || f.Thread != 0) {
 			continue
 		}
 		if err := m.openInside(stubs, ref, f); err != nil {

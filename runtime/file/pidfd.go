@@ -23,18 +23,16 @@ var pidfd = kind{
 		if d.seen.field("Pid") == "-1" {
 			return s.goneTask(d)
 		}
-		inner, first, err := s.Task(host)
+		tid, pid, err := s.Task(host)
 		switch {
 		case err != nil:
 			return err
-		case inner == 0:
+		case pid == 0:
 			comm, _ := task.Comm(host)
 			return fail.Refuse("", fmt.Sprintf("it stands for process %d (%s) of the host, which is not a task of the container", host, comm), "close it before the checkpoint")
-		case !first:
-			return fail.Refuse("", fmt.Sprintf("it stands for thread %d, which is not the first of its process (PIDFD_THREAD); at a restore such threads come to be only when descriptors are complete", inner), "close it before the checkpoint")
 		}
-		d.Record.Pid = inner
-		return nil
+		d.Record.Pid = pid
+		return s.ofThread(d, tid)
 	},
 	obtain: func(_ *Maker, host int, f *image.File) (*os.File, error) {
 		fd, err := unix.PidfdOpen(host, int(f.Flags&(unix.PIDFD_NONBLOCK|unix.O_EXCL)))

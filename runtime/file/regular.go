@@ -194,8 +194,8 @@ var proc = kind{
 			if ended, err := s.outlived(d); err != nil || ended {
 				return err
 			}
-			if d.Record.Pid != 0 && strings.Contains(d.seen.link, "/task/") {
-				return fail.Refuse("", "files of single threads in /proc are not supported yet", "close it before the checkpoint")
+			if err := s.ofThread(d, threadInPath(d.Record.Path, d.Record.Pid)); err != nil {
+				return err
 			}
 		}
 		if err := s.inPlace(d); err != nil || d.Record.Mnt == 0 || d.Record.Pid == 0 {

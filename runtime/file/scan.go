@@ -304,9 +304,9 @@ type Env struct {
 	// Remade reports whether a device is one of these file systems, which restore
 	// makes anew.
 	Remade func(dev uint64) bool
-	// Task tells what the container calls a task of the host, 0 for one that is not
-	// of it, and whether it is the first of its process.
-	Task func(host int) (inner int32, first bool, err error)
+	// Task tells what the container calls a task of the host and its process, 0 for
+	// one that is not of it.
+	Task func(host int) (tid, pid int32, err error)
 	// Views are the mount namespaces that tasks have made, once these are known.
 	Views func() []*namespace.View
 	// External are the open files that are to be left out.

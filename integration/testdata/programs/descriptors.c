@@ -6,6 +6,7 @@
 
 #include <linux/limits.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -305,6 +306,47 @@ static void make_pidfd(void)
 
 		need(epoll_wait(late_ep, ev, 4, 0) == 2); /* the third has fired */
 	}
+}
+
+/* --- a thread, by a pidfd of it and its file in /proc --- */
+
+static int thread_pidfd, thread_file;
+static volatile pid_t thread_tid;
+
+static void *be_thread(void *arg)
+{
+	thread_tid = gettid();
+	for (;;)
+		pause();
+	return arg;
+}
+
+static void make_thread(void)
+{
+	pthread_t t;
+	char path[64];
+
+	need(!pthread_create(&t, NULL, be_thread, NULL));
+	while (!thread_tid)
+		doze(MS);
+	thread_pidfd = pidfd_of(thread_tid, O_EXCL | O_NONBLOCK);
+	snprintf(path, sizeof(path), "/proc/self/task/%d/comm", thread_tid);
+	thread_file = open(path, O_RDWR | O_CLOEXEC);
+	need(thread_file >= 0);
+}
+
+static void check_thread(void)
+{
+	char line[64];
+
+	snprintf(line, sizeof(line), "\nPid:\t%d\n", thread_tid);
+	need(strstr(info_of(thread_pidfd), line));
+	need((fcntl(thread_pidfd, F_GETFL) & (O_EXCL | O_NONBLOCK)) == (O_EXCL | O_NONBLOCK));
+	need(!syscall(SYS_pidfd_send_signal, thread_pidfd, 0, NULL, 0));
+	need(pwrite(thread_file, "named", 5, 0) == 5);
+	memset(line, 0, sizeof(line));
+	need(pread(thread_file, line, sizeof(line), 0) == 6 && !strcmp(line, "named\n"));
+	need(fcntl(thread_file, F_GETFD) & FD_CLOEXEC);
 }
 
 /* A path that /proc shows of a descriptor. */
@@ -781,7 +823,8 @@ static const struct {
 	{ "pidfd", make_pidfd, check_pidfd },
 	{ "namespaces", make_namespaces, check_namespaces },
 	{ "pipes", make_pipes, check_pipes },
-	{ "epoll", make_epoll, check_epoll }, /* behind all who fork */
+	{ "thread", make_thread, check_thread }, /* behind all who fork, with the next */
+	{ "epoll", make_epoll, check_epoll },
 	{ "fanotify", make_fanotify, check_fanotify },
 	{ "timers", make_timers, check_timers },
 };
