@@ -129,6 +129,9 @@ func (c *container) sameTree(want map[int]process) {
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
+		if c.report != "" {
+			c.rounds() // may tell why
+		}
 		c.t.Fatalf("the process tree changed (-before +after):\n%s", diff)
 	}
 }

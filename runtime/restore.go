@@ -524,6 +524,15 @@ func (r *restore) rebuild(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	err = r.each(ctx, func(t *image.Task, s *tracee.Stub) error {
+		if files := r.head.Files(t.Files); r.users.first(t.Files, "about") && !r.maker.AboutThreads(files) {
+			return r.maker.OpenAbout(s, files)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	return r.maker.RegisterLate()
 }
 

@@ -72,10 +72,7 @@ var timerfd = kind{
 	name: image.KindTimerfd,
 	is:   func(_ *Set, one *seen) bool { return one.link == "anon_inode:[timerfd]" },
 	read: func(_ *Set, d *Description) error {
-		if err := d.forward(); err != nil {
-			return err
-		}
-		again, err := look(d.seen.proc, d.seen.fd)
+		again, err := d.lookForward()
 		if err != nil {
 			return err
 		}
@@ -85,6 +82,9 @@ var timerfd = kind{
 			Clock: int32(again.number("clockid", 10)), Ticks: again.number("ticks", 10),
 			Flags: uint32(again.number("settime flags", 8)),
 			Left:  again.pair("it_value"), Interval: again.pair("it_interval"),
+		}
+		if again.standsStill() {
+			d.Record.Timerfd.Left = 1 // it goes off faster than one can look
 		}
 		return nil
 	},
@@ -161,13 +161,28 @@ func (m *Maker) rearm(t *image.Timerfd) (value int64, flags uint32, ticks uint64
 	return c.Now(clock) + left, tfdTimerAbstime, ticks
 }
 
-// forward brings a periodic timer up to date that has expired and not been read:
-// until it is, the kernel has not armed it again, and shows no time left.
-// timerfd_gettime(2) does that without any other effect.
-func (d *Description) forward() error {
-	if d.seen.pair("it_interval") == 0 || d.seen.pair("it_value") != 0 || d.seen.number("ticks", 10) == 0 {
-		return nil
+// standsStill reports a periodic timer that has expired and not been read: until it
+// is, the kernel has not armed it again, and shows no time left.
+func (s *seen) standsStill() bool {
+	return s.pair("it_interval") != 0 && s.pair("it_value") == 0 && s.number("ticks", 10) != 0
+}
+
+// lookForward looks at a timer that does not stand still: timerfd_gettime(2) brings
+// it up to date without any other effect. It goes on while its task is stopped.
+func (d *Description) lookForward() (*seen, error) {
+	const tries = 16
+	for i := 0; ; i++ {
+		now, err := look(d.seen.proc, d.seen.fd)
+		if err != nil || !now.standsStill() || i == tries {
+			return now, err
+		}
+		if err := d.forward(); err != nil {
+			return nil, err
+		}
 	}
+}
+
+func (d *Description) forward() error {
 	f, err := d.seen.own()
 	if err != nil {
 		return err

@@ -921,8 +921,8 @@ func (m *Maker) Table(s *tracee.Stub, files *image.Files) error {
 	for chunk := range slices.Chunk(files.Descriptors, 8192) {
 		var b tracee.Batch
 		for _, d := range chunk {
-			if m.head.File(d.File).Thread != 0 {
-				continue // OpenThreads
+			if f := m.head.File(d.File); f.Thread != 0 || aboutDescriptor(f) {
+				continue // OpenThreads, OpenAbout
 			}
 			var flags uint32
 			if d.CloExec {

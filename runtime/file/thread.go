@@ -55,6 +55,25 @@ func (m *Maker) AboutThreads(files *image.Files) bool {
 	return false
 }
 
+// aboutDescriptor reports a file of /proc/PID/fdinfo: it is there when the
+// descriptor is.
+func aboutDescriptor(f *image.File) bool {
+	return f.Kind == image.KindProc && f.Pid != 0 && strings.HasPrefix(f.Path, fmt.Sprintf("/proc/%d/fdinfo/", f.Pid))
+}
+
+// OpenAbout puts files about descriptors into a table, when all others are in
+// place.
+func (m *Maker) OpenAbout(s *tracee.Stub, files *image.Files) error {
+	for _, d := range files.Descriptors {
+		if aboutDescriptor(m.head.File(d.File)) {
+			if err := m.openLate(s, d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // OpenThreads puts what is about threads into a table, when they are there. host
 // is the pid here of a thread.
 func (m *Maker) OpenThreads(s *tracee.Stub, files *image.Files, host func(tid int32) int) error {
@@ -74,5 +93,5 @@ func (m *Maker) OpenThreads(s *tracee.Stub, files *image.Files, host func(tid in
 			return err
 		}
 	}
-	return nil
+	return m.OpenAbout(s, files)
 }

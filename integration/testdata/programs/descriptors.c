@@ -343,9 +343,10 @@ static void check_thread(void)
 	need(strstr(info_of(thread_pidfd), line));
 	need((fcntl(thread_pidfd, F_GETFL) & (O_EXCL | O_NONBLOCK)) == (O_EXCL | O_NONBLOCK));
 	need(!syscall(SYS_pidfd_send_signal, thread_pidfd, 0, NULL, 0));
-	need(pwrite(thread_file, "named", 5, 0) == 5);
+	need(write(thread_file, "named", 5) == 5 && !lseek(thread_file, 0, SEEK_SET));
 	memset(line, 0, sizeof(line));
-	need(pread(thread_file, line, sizeof(line), 0) == 6 && !strcmp(line, "named\n"));
+	need(read(thread_file, line, sizeof(line)) == 6 && !strcmp(line, "named\n"));
+	need(!lseek(thread_file, 0, SEEK_SET));
 	need(fcntl(thread_file, F_GETFD) & FD_CLOEXEC);
 }
 
