@@ -114,6 +114,9 @@ func (c *container) stableTree() map[int]process {
 		}
 	}
 	if len(first) == 0 {
+		if c.report != "" {
+			c.rounds() // may tell why
+		}
 		c.t.Fatal("no process of the container is there for more than a second")
 	}
 	return first

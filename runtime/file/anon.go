@@ -131,8 +131,19 @@ func (s *Set) SettleTimers(monotonic, realtime int64) {
 		if byWallClock(t) {
 			passed = d.timed[1] - realtime
 		}
-		t.Left = max(t.Left+passed, 1)
+		missed := uint64(0)
+		t.Left, missed = goneOff(t.Left+passed, t.Interval)
+		t.Ticks += missed
 	}
+}
+
+// goneOff makes of what was left of a timer, nothing perhaps or less, what is left
+// until it goes off next, and how often a periodic one has gone off already.
+func goneOff(left, interval int64) (int64, uint64) {
+	if left > 0 || interval == 0 {
+		return max(left, 1), 0
+	}
+	return interval - -left%interval, uint64(1 + -left/interval)
 }
 
 // rearm tells how to set a timer again: the value and the flags of
@@ -145,12 +156,8 @@ func (m *Maker) rearm(t *image.Timerfd) (value int64, flags uint32, ticks uint64
 		return m.Realtime + t.Left, t.Flags & (tfdTimerAbstime | tfdCancelOnSet), t.Ticks
 	}
 	c := m.Clocks()
-	left, ticks := t.Left-c.Passed, t.Ticks
-	if left <= 0 && t.Interval > 0 { // it has gone off since, and not only once perhaps
-		ticks += uint64(1 + -left/t.Interval)
-		left = t.Interval - -left%t.Interval
-	}
-	left = max(left, 1)
+	left, missed := goneOff(t.Left-c.Passed, t.Interval)
+	ticks = t.Ticks + missed
 	if t.Flags&tfdTimerAbstime == 0 {
 		return left, 0, ticks
 	}

@@ -950,7 +950,10 @@ func (m *Maker) OwnTable(s *tracee.Stub, files *image.Files) error {
 	if _, err := s.Run(&b); err != nil {
 		return err
 	}
-	return m.Table(s, files)
+	if err := m.Table(s, files); err != nil || m.AboutThreads(files) {
+		return err
+	}
+	return m.OpenAbout(s, files)
 }
 
 // CloseTable closes what a stub has above the numbers of its process, and takes

@@ -522,3 +522,15 @@ func TestTableOfChild(t *testing.T) {
 		t.Errorf("a process that is gone: %v", err)
 	}
 }
+
+// A periodic timer keeps its phase, and count, over a time in which nobody looks.
+func TestGoneOff(t *testing.T) {
+	for _, c := range []struct {
+		left, interval, want int64
+		missed               uint64
+	}{{5, 0, 5, 0}, {0, 0, 1, 0}, {-7, 0, 1, 0}, {5, 10, 5, 0}, {0, 10, 10, 1}, {-3, 10, 7, 1}, {-10, 10, 10, 2}, {-23, 10, 7, 3}} {
+		if left, missed := goneOff(c.left, c.interval); left != c.want || missed != c.missed {
+			t.Errorf("%d of every %d: %d left, %d missed; want %d, %d", c.left, c.interval, left, missed, c.want, c.missed)
+		}
+	}
+}
