@@ -97,12 +97,15 @@ func TestUnsupported(t *testing.T) {
 		c.progress(10)
 	})
 	for object, words := range map[string][]string{
-		"secret": {"survey", "memfd_secret"}, "uffd": {"survey", "userfaultfd"},
+		"secret": {"survey", "memfd_secret"}, "uffd": {"survey", "userfaultfd"}, "bare": {"survey", "task 1 ", "fd 4", "a userfaultfd: which address space"},
+		"uring":    {"survey", "task 1 ", "fd 4", "io_uring: how it was set up"},
+		"judge":    {"survey", "task 1 ", "fd 4", "fanotify", "decides on accesses"},
+		"lonely":   {"survey", "task 1 ", "fd 4", "net:[", "no task of the container is in this namespace"},
 		"aio":      {"io_setup", "1 requests are under way", "IOCB_CMD_POLL"},
 		"mqthread": {"survey", "message queue /told: task 1 waits to be told of a message by a thread (SIGEV_THREAD)"},
 	} {
 		t.Run(object, func(t *testing.T) {
-			c := newContainer(t, withReport("unsupported"), withArgs("/bin/unsupported", object)).run()
+			c := newContainer(t, withReport("unsupported"), withArgs("/bin/unsupported", object), withCapabilities("CAP_SYS_ADMIN")).run()
 			c.progress(3)
 			c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, words...)
 			if object == "aio" {

@@ -82,7 +82,9 @@ func (s *Set) readMark(d *Description, line string) error {
 		at, err = placeIn(line)
 		d.watched = append(d.watched, watched{place: at, what: "a mark of it", index: len(d.Record.Fanotify.Marks)})
 	case 1:
-		_, err = fmt.Sscanf(line, "mnt_id:%x "+fields, append([]any{&mnt}, into...)...)
+		if _, err = fmt.Sscanf(line, "mnt_id:%x "+fields, append([]any{&mnt}, into...)...); err != nil {
+			break
+		}
 		m.Flags |= unix.FAN_MARK_MOUNT
 		i := slices.IndexFunc(s.Mounts, func(one image.Mount) bool { return one.ID == mnt })
 		if i < 0 {
@@ -90,7 +92,9 @@ func (s *Set) readMark(d *Description, line string) error {
 		}
 		m.Path = s.Mounts[i].Point
 	case 2:
-		_, err = fmt.Sscanf(line, "sdev:%x "+fields, append([]any{&dev}, into...)...)
+		if _, err = fmt.Sscanf(line, "sdev:%x "+fields, append([]any{&dev}, into...)...); err != nil {
+			break
+		}
 		m.Flags |= unix.FAN_MARK_FILESYSTEM
 		if m.Path, err = s.mountedFrom(dev); err == nil && m.Path == "" {
 			return fail.Refuse("", "it has a mark on a file system that is not mounted in the container", "remove it (fanotify_mark) before the checkpoint")

@@ -449,7 +449,7 @@ func (s *Set) describe(d *Description) error {
 			return k.read(s, d)
 		}
 	}
-	return fail.Refuse("", "this kind of file is not supported yet", "close it before the checkpoint")
+	return unknown(d.seen)
 }
 
 // likeness is what two descriptors of one open file have in common, and most that

@@ -4,11 +4,14 @@
  */
 #include "hold.h"
 #include <linux/aio_abi.h>
+#include <linux/io_uring.h>
 #include <linux/netlink.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <mqueue.h>
+#include <sched.h>
 #include <signal.h>
+#include <sys/fanotify.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
@@ -38,6 +41,40 @@ static void hold_uffd(void)
 	reg.range.start = (unsigned long)p;
 	reg.range.len = PAGE;
 	need(!ioctl(fd, UFFDIO_REGISTER, &reg));
+}
+
+/* One that serves nothing yet. */
+static void hold_bare(void)
+{
+	need(syscall(SYS_userfaultfd, UFFD_USER_MODE_ONLY) == 4);
+}
+
+static void hold_uring(void)
+{
+	struct io_uring_params params = { 0 };
+
+	need(syscall(SYS_io_uring_setup, 4, &params) == 4);
+}
+
+/* Whoever opens the file waits for an answer. */
+static void hold_judge(void)
+{
+	need(fanotify_init(FAN_CLASS_CONTENT, O_RDONLY) == 4);
+	need(!close(open("/out/judged", O_RDWR | O_CREAT, 0600)));
+	need(!fanotify_mark(4, FAN_MARK_ADD, FAN_OPEN_PERM, AT_FDCWD, "/out/judged"));
+}
+
+/* A namespace that only the descriptor keeps. */
+static void hold_lonely(void)
+{
+	pid_t pid = getpid();
+	int own = open("/proc/self/ns/net", O_RDONLY);
+	int fd;
+
+	need(own == 4 && pid == 1);
+	need((fd = fcntl(own, F_DUPFD, 20)) == 20 && !close(own));
+	need(!unshare(CLONE_NEWNET) && open("/proc/self/ns/net", O_RDONLY) == 4);
+	need(!setns(fd, CLONE_NEWNET) && !close(fd));
 }
 
 static void hold_aio(void)
@@ -73,6 +110,14 @@ int main(int argc, char **argv)
 		hold_secret();
 	if (wanted(argc, argv, "uffd"))
 		hold_uffd();
+	if (wanted(argc, argv, "bare"))
+		hold_bare();
+	if (wanted(argc, argv, "uring"))
+		hold_uring();
+	if (wanted(argc, argv, "judge"))
+		hold_judge();
+	if (wanted(argc, argv, "lonely"))
+		hold_lonely();
 	if (wanted(argc, argv, "aio"))
 		hold_aio();
 	if (wanted(argc, argv, "mqthread"))
