@@ -1,15 +1,19 @@
 package integration
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/ocickpt/ocickpt/nsutil"
 )
 
 // withTun lets the container have tun devices.
@@ -229,7 +233,7 @@ func TestNetworkRefused(t *testing.T) {
 // again, with its address, and what the container has set goes back beside it.
 func TestNetworkOfEngine(t *testing.T) {
 	hook := func(c *container, spec *specs.Spec) {
-		script := "pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/'); ip link add ock-out type veth peer name eth0 netns $pid && nsenter -t $pid -n sh -c 'ip addr add 10.44.0.2/24 dev eth0; ip link set eth0 up; ip route add default via 10.44.0.1'"
+		script := "pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/'); ip link add " + c.id + " type veth peer name eth0 netns $pid && nsenter -t $pid -n sh -c 'ip addr add 10.44.0.2/24 dev eth0; ip link set eth0 up; ip route add default via 10.44.0.1'"
 		spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Env: []string{"PATH=" + os.Getenv("PATH")}}}}
 	}
 	c := admin(t, hook)
@@ -248,4 +252,62 @@ func TestNetworkOfEngine(t *testing.T) {
 	if r := c.ocickpt("inspect", c.image()+"/checkpoint.img"); !strings.Contains(r.stdout, "network device eth0 is not saved") {
 		t.Errorf("no warning:\n%s", r.stdout)
 	}
+}
+
+// TestDatagramsMove restores a server of UDP in a network where it has another
+// address; a datagram that has waited is answered from there.
+func TestDatagramsMove(t *testing.T) {
+	const server = `import socket, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("` + insideV4 + `", 7))
+n = 0
+while True:
+    n += 1
+    print(n, file=open("/out/n", "a"), flush=True)
+    time.sleep(0.1)
+    s.setblocking(False)
+    try:
+        data, peer = s.recvfrom(100)
+        s.sendto(data, peer)
+    except BlockingIOError:
+        pass
+`
+	n := newNetwork(t, false)
+	c := newContainer(t, withReport("n"), withHostPrograms(), withArgs("/usr/bin/python3", "-c", server), withCapabilities("CAP_NET_BIND_SERVICE"), n.join(false)).run()
+	c.progress(2)
+	c.must(nsutil.Inside(n.outside, func() error {
+		client, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(outsideV4)})
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		ask := func(to, text string) {
+			_, err := client.WriteToUDP([]byte(text), &net.UDPAddr{IP: net.ParseIP(to), Port: 7})
+			c.must(err)
+		}
+		hear := func(from, text string) {
+			t.Helper()
+			buf := make([]byte, 100)
+			c.must(client.SetReadDeadline(time.Now().Add(patience)))
+			size, at, err := client.ReadFromUDP(buf)
+			c.must(err)
+			if string(buf[:size]) != text || at.IP.String() != from || at.Port != 7 {
+				t.Errorf("%q from %s, not %q from %s", buf[:size], at, text, from)
+			}
+		}
+		ask(insideV4, "before")
+		hear(insideV4, "before")
+		c.runc("pause", c.id)
+		ask(insideV4, "waits")
+		time.Sleep(50 * time.Millisecond)
+		c.checkpoint()
+		c.mustBeGone()
+		n.ip(n.inside, "addr", "del", insideV4+"/24", "dev", "eth0")
+		n.ip(n.inside, "addr", "add", insideOther+"/24", "dev", "eth0")
+		c.restore("--address-map", insideV4+"="+insideOther)
+		hear(insideOther, "waits")
+		ask(insideOther, "after")
+		hear(insideOther, "after")
+		return nil
+	}))
 }
