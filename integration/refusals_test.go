@@ -263,7 +263,7 @@ func TestMountsWithinBundle(t *testing.T) {
 	for name, r := range map[string]struct{ make, undo, says string }{
 		"type":     {"mkdir /out/r && mount -t ramfs r /out/r", "umount /out/r", "mount /out/r: a file system of type ramfs"},
 		"source":   {"mkdir /out/s /out/m/s && mount --bind /out/m/s /out/s && umount /out/m", "umount /out/s; mount -t tmpfs own /out/m; echo kept >/out/m/file", "mount /out/s: what this tmpfs was bound from"},
-		"detached": {"mount -t tmpfs d /out/m; sleep 1000 </out/m >/dev/null 2>&1 & sleep 0.1; umount -l /out/m", "pkill -f ^sleep.1000", "or on a mount that it has unmounted"},
+		"detached": {"mount -t tmpfs d /out/m; sleep 1000 </out/m >/dev/null 2>&1 & echo $! >/out/pid; sleep 0.1; umount -l /out/m", "kill $(cat /out/pid)", "or on a mount that it has unmounted"},
 	} {
 		c.step(t, name, func(t *testing.T) {
 			c.exec("sh", "-c", r.make)
