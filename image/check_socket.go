@@ -71,11 +71,11 @@ func (b *builder) unixSocket(ref Ref) *Socket {
 }
 
 // ends lists the sockets of which a connection says what their peer is.
-func (c *Connection) ends() (ends []Ref) {
+func (b *builder) ends(c *Connection) (ends []Ref) {
 	if c.From != 0 {
 		ends = append(ends, c.From)
 	}
-	if c.To != 0 && (c.Mutual && c.To != c.From || c.From == 0) {
+	if to := b.unixSocket(c.To); to != nil && !to.Listening && (c.Mutual && c.To != c.From || c.From == 0) {
 		ends = append(ends, c.To)
 	}
 	return ends
@@ -86,14 +86,14 @@ func (b *builder) checkConnection(c *Connection) error {
 	switch {
 	case c.From != 0 && from == nil || c.To != 0 && to == nil || from == nil && to == nil:
 		return fmt.Errorf("a connection from #%d to #%d, which are not unix sockets before it", c.From, c.To)
-	case from != nil && from.Listening || from == nil && to.Listening || from != nil && to != nil && to.Type != from.Type:
+	case from != nil && from.Listening || from != nil && to != nil && to.Type != from.Type:
 		return fmt.Errorf("#%d cannot be connected to #%d", c.From, c.To)
 	case c.Mutual && (from == nil || to == nil || to.Listening || c.From == c.To):
 		return fmt.Errorf("#%d cannot be connected to #%d from both sides", c.From, c.To)
 	case from != nil && to != nil && !c.Mutual && !to.Listening && from.Type != typeDatagram:
 		return fmt.Errorf("#%d is connected to #%d, which is not connected to it", c.From, c.To)
 	}
-	for _, end := range c.ends() {
+	for _, end := range b.ends(c) {
 		if b.sockets.peer[end] {
 			return fmt.Errorf("socket #%d has two peers", end)
 		}
@@ -149,7 +149,7 @@ func (b *builder) checkUnread(m *Unread, s *Socket) error {
 func (b *builder) keepSocket(v any) {
 	switch v := v.(type) {
 	case *Connection:
-		for _, end := range v.ends() {
+		for _, end := range b.ends(v) {
 			b.sockets.peer[end] = true
 		}
 	case *Queue:

@@ -609,13 +609,22 @@ func (m *Maker) send(to *tracee.Stub, ours int, name string) (int, error) {
 	return fds[0], nil
 }
 
-// SendAll hands up to 253 files to a stub by one message (SCM_RIGHTS, unix(7)).
-func (m *Maker) SendAll(to *tracee.Stub, files []*os.File) ([]int, error) {
-	fds := make([]int, len(files))
-	for i, f := range files {
-		fds[i] = int(f.Fd())
+// maxRights is how many descriptors a message may carry (SCM_MAX_FD).
+const maxRights = 253
+
+// SendAll hands files to a stub (SCM_RIGHTS, unix(7)).
+func (m *Maker) SendAll(to *tracee.Stub, files []*os.File) (there []int, err error) {
+	for some := range slices.Chunk(files, maxRights) {
+		fds := make([]int, len(some))
+		for i, f := range some {
+			fds[i] = int(f.Fd())
+		}
+		if fds, err = m.sendAll(to, fds...); err != nil {
+			return nil, err
+		}
+		there = append(there, fds...)
 	}
-	return m.sendAll(to, fds...)
+	return there, nil
 }
 
 func (m *Maker) sendAll(to *tracee.Stub, fds ...int) ([]int, error) {

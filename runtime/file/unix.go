@@ -69,7 +69,7 @@ func (s *Set) connection(from, to *unixSocket, mutual bool) {
 	if from != nil {
 		from.paired = true
 	}
-	if to != nil && (mutual || from == nil) {
+	if to != nil && mutual {
 		to.paired = true
 	}
 }
@@ -171,16 +171,20 @@ func (s *Set) peerOutside(u *unixSocket) error {
 }
 
 // acceptLater records the connections that a listening socket has yet to accept.
+// What clients have sent lies where no descriptor leads.
 func (s *Set) acceptLater(u *unixSocket) error {
 	for _, inode := range u.diag.Pending {
 		from := s.unixOf[inode]
-		switch {
-		case inode == 0:
-			return fail.Refuse("", "a connection waits to be accepted whose other end is closed; that is not supported yet", "let the program accept it")
-		case from == nil:
+		if inode != 0 && from == nil {
 			return fail.Refuse("", "a connection from outside the container waits to be accepted", "let the program accept it, or stop the client")
 		}
+		if n := s.sockets.Sent(inode); n > 0 {
+			return fail.Refuse("", fmt.Sprintf("a connection waits to be accepted over which %d bytes have been sent; that is not supported yet", n), "let the program accept it")
+		}
 		s.connection(from, u, false)
+	}
+	if u.Record.Socket.Listening && u.seen.number("scm_fds", 10) > 0 {
+		return fail.Refuse("", "descriptors have been sent over a connection that waits to be accepted", "let the program accept it")
 	}
 	return nil
 }

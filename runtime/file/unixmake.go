@@ -39,9 +39,10 @@ type unixMaker struct {
 	closed  map[image.Ref]int      // the other end of connections that have lost it, in the init stub until the queues are filled
 	root    int                    // numbers of the container's root, and of the scratch file system
 	scratch int
-	names   int                  // given in it
-	peers   map[image.Ref]int    // who sends to a connected socket: numbers in the init stub
-	content map[image.Ref][]byte // of queues
+	names   int                   // given in it
+	nodes   map[image.Ref]reached // listening sockets whose files have no name
+	peers   map[image.Ref]int     // who sends to a connected socket: numbers in the init stub
+	content map[image.Ref][]byte  // of queues
 }
 
 // links lists the connections of the image.
@@ -67,6 +68,9 @@ func named(address []byte) bool { return len(address) > 2 }
 // accept(2). All others are made by connect(2) alone.
 func (m *Maker) asPair(c *image.Connection) bool {
 	from, to := m.socketOf(c.From), m.socketOf(c.To)
+	if to != nil && to.Listening {
+		return false
+	}
 	switch {
 	case from != nil && to != nil:
 		return c.Mutual && (from.Type == unix.SOCK_DGRAM || !named(to.Address))
@@ -87,7 +91,7 @@ func (m *Maker) byAccept(c *image.Connection) bool {
 // prepareUnix finds out which sockets come to be late and keeps numbers for them
 // above all that the table takes.
 func (m *Maker) prepareUnix() error {
-	u := &unixMaker{Maker: m, ghosts: map[int32]*tracee.Stub{}, late: map[image.Ref]int{}, closed: map[image.Ref]int{}, peers: map[image.Ref]int{}, content: map[image.Ref][]byte{}}
+	u := &unixMaker{Maker: m, ghosts: map[int32]*tracee.Stub{}, late: map[image.Ref]int{}, closed: map[image.Ref]int{}, nodes: map[image.Ref]reached{}, peers: map[image.Ref]int{}, content: map[image.Ref][]byte{}}
 	m.unix = u
 	next := m.lateNumbers()
 	for _, c := range m.links() {
@@ -457,13 +461,10 @@ func (u *unixMaker) connectTo(name []byte, by *image.PeerCreds, kind int32, all 
 	}
 	var done tracee.Batch
 	done.Add(unix.SYS_CLOSE, tracee.W(listener))
-	if at.scratch {
-		u.inScratch(&done, func() {
-			done.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), done.Put(at.address[2:]), tracee.W(0))
-		})
+	if _, err := u.stub.Run(&done); err != nil || !at.scratch {
+		return err
 	}
-	_, err = u.stub.Run(&done)
-	return err
+	return u.unlink(at)
 }
 
 // reached is where a socket is reached: an abstract name, or a file in the scratch
@@ -668,33 +669,83 @@ func (u *unixMaker) bindAll() error {
 }
 
 func (u *unixMaker) bind(ref image.Ref, s *image.Socket) error {
-	name, fd := sock.UnixName(s.Address), u.fds[ref]
+	name, fd, f := sock.UnixName(s.Address), u.fds[ref], u.head.File(ref)
 	if s.Address[2] != 0 && s.Path == "" {
 		at, err := u.bindScratch(fd, s.Address)
 		if err != nil {
 			return err
 		}
-		var b tracee.Batch
-		u.inScratch(&b, func() { b.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.Put(at.address[2:]), tracee.W(0)) })
-		_, err = u.stub.Run(&b)
+		if s.Listening {
+			u.nodes[ref] = at
+			return nil
+		}
+		return u.unlink(at)
+	}
+	if s.Path == "" || s.Path == name {
+		return u.asOpener(f, func(b *tracee.Batch) { sock.BindUnix(b, fd, s) })
+	}
+	if dir, ok := strings.CutSuffix(s.Path, "/"+name); ok && !path.IsAbs(name) {
+		return u.asOpener(f, func(b *tracee.Batch) {
+			b.Add(unix.SYS_CHDIR, b.String(dir+"/"))
+			sock.BindUnix(b, fd, s)
+			b.Add(unix.SYS_CHDIR, b.String("/"))
+		})
+	}
+	return u.bindBeside(fd, f, s)
+}
+
+// bindBeside binds a socket by a name that does not lead to its file any more: in
+// a directory made beside the file's place, into which the stub steps, and from
+// which the file is then moved there.
+func (u *unixMaker) bindBeside(fd int, f *image.File, s *image.Socket) error {
+	name := sock.UnixName(s.Address)
+	dir := fmt.Sprintf("%s/.ocickpt-%d", path.Dir(s.Path), fd)
+	err := u.asOpener(f, func(b *tracee.Batch) { b.Add(unix.SYS_MKDIR, b.String(dir), tracee.W(0o700)) })
+	if err != nil {
 		return err
 	}
-	dir := ""
-	if s.Path != "" && s.Path != name {
-		var ok bool
-		if dir, ok = strings.CutSuffix(s.Path, "/"+path.Clean(name)); !ok || path.IsAbs(name) {
-			return fail.Refuse("", "its file has been renamed to "+s.Path+", which is not supported yet", "restore with a newer ocickpt")
+	var made []string
+	for i, c := range name {
+		if c == '/' && i > 0 {
+			made = append(made, name[:i])
 		}
 	}
-	return u.asOpener(u.head.File(ref), func(b *tracee.Batch) {
-		if dir != "" {
-			b.Add(unix.SYS_CHDIR, b.String(dir))
+	err = u.asOpener(f, func(b *tracee.Batch) {
+		b.Add(unix.SYS_CHDIR, b.String(dir))
+		u.chroot(b, f)
+		for _, one := range made {
+			b.Try(unix.SYS_MKDIRAT, tracee.W(unix.AT_FDCWD), b.String(one), tracee.W(0o700))
 		}
-		sock.BindUnix(b, fd, s)
-		if dir != "" {
-			b.Add(unix.SYS_CHDIR, b.String("/"))
+		b.Add(unix.SYS_BIND, tracee.W(fd), b.Put(s.Address), tracee.W(len(s.Address)))
+		b.Add(unix.SYS_RENAMEAT2, tracee.W(unix.AT_FDCWD), b.String(name), tracee.W(unix.AT_FDCWD), b.String("/s"), tracee.W(0))
+		for _, one := range slices.Backward(made) {
+			b.Try(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.String(one), tracee.W(unix.AT_REMOVEDIR))
 		}
+		b.Add(unix.SYS_FCHDIR, tracee.W(u.root))
+		u.chroot(b, f)
+		b.Add(unix.SYS_RENAMEAT2, tracee.W(unix.AT_FDCWD), b.String(dir+"/s"), tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(0))
+		sock.OwnUnix(b, s)
 	})
+	if err != nil {
+		err = errors.Join(err, u.leaveScratch())
+	}
+	return errors.Join(err, u.asOpener(f, func(b *tracee.Batch) { b.Add(unix.SYS_RMDIR, b.String(dir)) }))
+}
+
+// chroot adds a chroot(2) to the working directory, for which the stub becomes
+// itself for a moment.
+func (u *unixMaker) chroot(b *tracee.Batch, f *image.File) {
+	u.become(b, u.self)
+	b.Add(unix.SYS_CHROOT, b.String("."))
+	u.become(b, u.opener(f))
+}
+
+// unlink removes a file of the scratch file system.
+func (u *unixMaker) unlink(at reached) error {
+	var b tracee.Batch
+	u.inScratch(&b, func() { b.Add(unix.SYS_UNLINKAT, tracee.W(unix.AT_FDCWD), b.Put(at.address[2:]), tracee.W(0)) })
+	_, err := u.stub.Run(&b)
+	return err
 }
 
 // asOpener runs calls as the task that holds a file, or as the bundle's own
@@ -737,28 +788,65 @@ func pidOf(c *image.PeerCreds) int32 {
 	return c.Pid
 }
 
-// backlogs makes the connections that wait to be accepted, in their order.
+// backlogs makes the connections that wait to be accepted, in their order, each
+// by the process that has the client.
 func (u *unixMaker) backlogs() error {
 	for _, c := range u.links() {
 		to := u.socketOf(c.To)
 		if to == nil || !to.Listening {
 			continue
 		}
-		f := u.head.File(c.From)
-		s := u.stubs[int(f.Opener)]
-		if s == nil {
-			s = u.stub
+		at, ok := u.nodes[c.To]
+		if !ok {
+			at = reached{address: to.Address}
 		}
-		var b tracee.Batch
-		node := b.String(to.Path)
-		_ = node
-		if to.Address[2] != 0 {
-			return fail.Refuse("unix:"+sock.UnixName(to.Address), "connections not yet accepted are not supported yet", "restore with a newer ocickpt")
+		if to.Path != "" {
+			at.address = append(append([]byte{unix.AF_UNIX, 0}, to.Path...), 0)
 		}
-		b.Add(unix.SYS_CONNECT, tracee.W(u.fds[c.From]), b.Put(to.Address), tracee.W(len(to.Address)))
-		if _, err := s.Run(&b); err != nil {
-			return fmt.Errorf("connect: %w", err)
+		if err := u.connectPending(c, at); err != nil {
+			return fail.On("unix:"+sock.UnixName(to.Address), err)
 		}
+	}
+	for _, at := range u.nodes {
+		if err := u.unlink(at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (u *unixMaker) connectPending(c *image.Connection, at reached) error {
+	var creds *image.PeerCreds
+	if f := u.head.File(c.From); f != nil {
+		if t := u.head.Task(f.Opener); t != nil {
+			who := &t.Threads[0].Creds
+			creds = &image.PeerCreds{Pid: t.Pid, UID: who.UID[1], GID: who.GID[1], Groups: who.Groups}
+		}
+	}
+	s, err := u.actor(creds)
+	if err != nil {
+		return err
+	}
+	clients, strangers, err := u.clients(s, []*image.Connection{c})
+	if err != nil {
+		return err
+	}
+	var b tracee.Batch
+	u.as(&b, creds, func() {
+		connect := func() {
+			b.Add(unix.SYS_CONNECT, tracee.W(clients[0]), b.Put(at.address), tracee.W(len(at.address)))
+		}
+		if at.scratch {
+			u.inScratch(&b, connect)
+		} else {
+			connect()
+		}
+	})
+	for range strangers {
+		b.Add(unix.SYS_CLOSE, tracee.W(clients[0]))
+	}
+	if _, err := s.Run(&b); err != nil {
+		return fmt.Errorf("connect: %w", err)
 	}
 	return nil
 }

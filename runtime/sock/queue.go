@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"sort"
 
 	"golang.org/x/sys/unix"
 
@@ -215,7 +214,9 @@ func (q *queueReader) messages() (out []Unread, err error) {
 
 // stream reads a stream in stretches of the same credentials. The kernel ends a
 // look at a change of these, behind bytes with descriptors, and before an
-// out-of-band byte (unix_stream_read_generic in net/unix/af_unix.c).
+// out-of-band byte (unix_stream_read_generic in net/unix/af_unix.c). Which of the
+// bytes in one look was sent with the descriptors no look tells: they come with the
+// first, which no reader who keeps what it gets for later minds.
 func (q *queueReader) stream() (out []Unread, err error) {
 	urgent := q.urgent()
 	if urgent != nil && q.atMark() { // all other looks pass over it there
@@ -234,16 +235,6 @@ func (q *queueReader) stream() (out []Unread, err error) {
 			urgent = nil
 		}
 		u.Data, u.Name = buf[offset:offset+n], nil
-		if len(u.Files) > 0 {
-			start, err := q.firstWithFiles(offset, n)
-			if err != nil {
-				return append(out, u), err
-			}
-			if start > offset {
-				out = append(out, Unread{Data: buf[offset:start], Creds: u.Creds})
-				u.Data = buf[start : offset+n]
-			}
-		}
 		out, offset = append(out, u), offset+n
 	}
 	if urgent != nil {
@@ -271,19 +262,6 @@ func (q *queueReader) urgent() *Unread {
 func (q *queueReader) atMark() bool {
 	at, err := unix.IoctlGetInt(q.fd, unix.SIOCATMARK)
 	return err == nil && at != 0
-}
-
-// firstWithFiles finds the first of n bytes that carry descriptors up to the last:
-// whoever reads it gets these.
-func (q *queueReader) firstWithFiles(offset, n int) (int, error) {
-	var failed error
-	i := sort.Search(n-1, func(i int) bool {
-		_, u, _, err := q.peek(offset+i, make([]byte, 1), 0)
-		failed = errors.Join(failed, err)
-		closeFiles([]Unread{u})
-		return len(u.Files) > 0
-	})
-	return offset + i, failed
 }
 
 func closeFiles(unread []Unread) {

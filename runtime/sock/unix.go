@@ -48,12 +48,17 @@ var local = family{
 	},
 	settle: func(b *tracee.Batch, _ int, s *image.Socket) {
 		if s.Path != "" {
-			// Bound by its owner it is the owner's; a program that has given
-			// it away could do so, and so can whoever binds it now.
-			b.Try(unix.SYS_FCHOWNAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.UID), tracee.W(s.GID), tracee.W(unix.AT_SYMLINK_NOFOLLOW))
-			b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.Mode&0o777))
+			OwnUnix(b, s)
 		}
 	},
+}
+
+// OwnUnix adds the calls that give the file of a unix socket its owner and mode.
+// Bound by its owner it is the owner's; a program that has given it away could do
+// so, and so can whoever binds it now.
+func OwnUnix(b *tracee.Batch, s *image.Socket) {
+	b.Try(unix.SYS_FCHOWNAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.UID), tracee.W(s.GID), tracee.W(unix.AT_SYMLINK_NOFOLLOW))
+	b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), b.String(s.Path), tracee.W(s.Mode&0o777))
 }
 
 // hasError reports an error that waits to be told, which only poll(2) shows
@@ -200,6 +205,18 @@ type Diagnosis struct {
 	// has yet to accept, in order; 0 for one that is closed.
 	Pending []uint64
 	Backlog uint32
+
+	unread uint32            // bytes
+	sent   map[uint64]uint32 // bytes that wait in connections not accepted, by the client
+}
+
+// Sent is how many bytes a client has sent over a connection that nobody has
+// accepted; by 0, those who are closed.
+func (in *Inside) Sent(client uint64) uint32 {
+	if d := in.unix[0]; d != nil {
+		return d.sent[client]
+	}
+	return 0
 }
 
 // Of include/uapi/linux/unix_diag.h.
@@ -261,10 +278,18 @@ func noteDiagnosis(all map[uint64]*Diagnosis, m []byte) {
 				d.Pending = append(d.Pending, uint64(le.Uint32(v)))
 			}
 		case a.Attr.Type == netlink.UNIX_DIAG_RQLEN && len(v) >= 8:
-			d.Backlog = le.Uint32(v[4:])
+			d.unread, d.Backlog = le.Uint32(v), le.Uint32(v[4:])
 		case a.Attr.Type == netlink.UNIX_DIAG_SHUTDOWN && len(v) >= 1:
 			d.Shutdown = v[0]
 		}
 	}
-	all[uint64(le.Uint32(m[4:]))] = d
+	inode := uint64(le.Uint32(m[4:]))
+	if inode == 0 && d.HasPeer { // waits to be accepted
+		if all[0] == nil {
+			all[0] = &Diagnosis{sent: map[uint64]uint32{}}
+		}
+		all[0].sent[d.Peer] += d.unread
+		return
+	}
+	all[inode] = d
 }

@@ -10,6 +10,7 @@
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <linux/sockios.h>
+#include <sys/stat.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -573,6 +574,247 @@ static void check_unread(void)
 	need(send(urgent[0], "behind", 6, 0) == 6);
 }
 
+/* --- descriptors in flight: shared with the table, nested, and a cycle --- */
+
+static int carrier[2], flying_file, circle[2];
+
+static void send_fd(int to, int fd)
+{
+	char c = 'f', room[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec v = { &c, 1 };
+	struct msghdr m = { .msg_iov = &v, .msg_iovlen = 1,
+			    .msg_control = room, .msg_controllen = sizeof(room) };
+	struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+
+	*h = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof(int)),
+			       .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
+	memcpy(CMSG_DATA(h), &fd, sizeof(fd));
+	need(sendmsg(to, &m, 0) == 1);
+}
+
+static int take_fd(int from)
+{
+	char c = 0, room[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec v = { &c, 1 };
+	struct msghdr m = { .msg_iov = &v, .msg_iovlen = 1,
+			    .msg_control = room, .msg_controllen = sizeof(room) };
+	int fd = -1;
+
+	need(recvmsg(from, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) == 1);
+	if (c != 'f' || m.msg_controllen < CMSG_LEN(sizeof(int)))
+		fail("fd %d gave %c with %zu bytes of control", from, c,
+		     m.msg_controllen);
+	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(fd));
+	return fd;
+}
+
+/* fly sends a file that the table has too, a pipe with something in it that
+ * it has not, and one end of a pair in which a descriptor lies in turn. */
+static void fly(void)
+{
+	int ends[2], inner[2];
+
+	send_fd(carrier[0], flying_file);
+	need(!pipe(ends) && write(ends[1], "in a pipe", 9) == 9);
+	send_fd(carrier[0], ends[0]);
+	need(!socketpair(AF_UNIX, SOCK_STREAM, 0, inner));
+	send_fd(inner[0], ends[1]);
+	send_fd(carrier[0], inner[1]);
+	need(send(carrier[0], "behind", 6, 0) == 6);
+	close(ends[0]);
+	close(ends[1]);
+	close(inner[0]);
+	close(inner[1]);
+}
+
+static void make_rights(void)
+{
+	need(!socketpair(AF_UNIX, SOCK_STREAM, 0, carrier));
+	flying_file = open("/out/unixes.file", O_RDWR | O_CREAT | O_TRUNC, 0600);
+	need(flying_file >= 0);
+	fly();
+	/* Each end waits in the queue of the other. */
+	need(!socketpair(AF_UNIX, SOCK_DGRAM, 0, circle));
+	send_fd(circle[0], circle[0]);
+	send_fd(circle[0], circle[1]);
+}
+
+static void check_rights(void)
+{
+	off_t at = round_no % 1000;
+	char buf[16];
+	int fd, other, deep, n;
+
+	fd = take_fd(carrier[1]);
+	need(lseek(flying_file, at, SEEK_SET) == at);
+	need(lseek(fd, 0, SEEK_CUR) == at);
+	close(fd);
+	fd = take_fd(carrier[1]);
+	need(read(fd, buf, sizeof(buf)) == 9 && !memcmp(buf, "in a pipe", 9));
+	other = take_fd(carrier[1]);
+	deep = take_fd(other);
+	need(write(deep, "deep", 4) == 4 && read(fd, buf, sizeof(buf)) == 4);
+	need(recv(other, buf, 1, 0) == 0);
+	need(recv(carrier[1], buf, 16, 0) == 6 && !memcmp(buf, "behind", 6));
+	close(fd);
+	close(other);
+	close(deep);
+	expect_silent(carrier[1]);
+	fly();
+	for (n = 0; n < 2; n++) {
+		fd = take_fd(circle[1]);
+		pass(n ? fd : circle[1], n ? circle[0] : fd);
+		close(fd);
+	}
+	expect_silent(circle[1]);
+	send_fd(circle[0], circle[0]);
+	send_fd(circle[0], circle[1]);
+}
+
+/* --- connections not yet accepted; names that moved, went, or are relative --- */
+
+static const struct {
+	const char *bound, *now;
+	int type;
+} spots[] = {
+	{ "/out/unixes.wait", "/out/unixes.wait", SOCK_STREAM },
+	{ "@unixes-wait", "@unixes-wait", SOCK_SEQPACKET },
+	{ "/out/unixes.old", "/out/unixes.new", SOCK_STREAM },
+	{ "unixes.rel", "/out/unixes.rel", SOCK_STREAM },
+	{ "/out/unixes.lost", "", SOCK_STREAM },
+};
+#define QUEUED 3
+static int waiting_at[COUNT(spots)], queued[COUNT(spots)][QUEUED];
+
+static void make_waiting(void)
+{
+	need(!chdir("/out"));
+	for (size_t i = 0; i < COUNT(spots); i++) {
+		waiting_at[i] = listen_at(spots[i].type, spots[i].bound);
+		if (spots[i].now[0] && strcmp(spots[i].bound, spots[i].now))
+			rename(spots[i].bound, spots[i].now);
+		for (int k = 0; k < QUEUED; k++) {
+			queued[i][k] = new_socket(spots[i].type, "");
+			if (*spots[i].now || k == 0)
+				connect_to(queued[i][k], *spots[i].now ? spots[i].now : spots[i].bound);
+		}
+		if (!spots[i].now[0])
+			need(!unlink(spots[i].bound));
+	}
+	need(!chdir("/"));
+}
+
+static void check_waiting(void)
+{
+	struct stat st;
+
+	for (size_t i = 0; i < COUNT(spots); i++) {
+		int fd;
+
+		expect_name(waiting_at[i], spots[i].bound, 0);
+		expect_name(queued[i][0], spots[i].bound, 1);
+		expect_creds(queued[i][0], getpid());
+		if (!spots[i].now[0]) {
+			need(stat(spots[i].bound, &st) == -1);
+			continue;
+		}
+		fd = accept(waiting_at[i], NULL, NULL);
+		need(fd >= 0);
+		expect_creds(fd, getpid());
+		pass(queued[i][0], fd);
+		pass(fd, queued[i][0]);
+		close(fd);
+		close(queued[i][0]);
+		queued[i][0] = queued[i][1];
+		queued[i][1] = queued[i][2];
+		queued[i][2] = new_socket(spots[i].type, "");
+		connect_to(queued[i][2], spots[i].now);
+	}
+	need(stat("/out/unixes.old", &st) == -1);
+}
+
+/* --- calls that wait --- */
+
+static int mute[2], stuffed[2], quiet_listener;
+static struct worker *sleeping;
+
+static void make_blocked(void)
+{
+	char chunk[4096] = { 0 };
+
+	sleeping = map_shared(3 * sizeof(*sleeping));
+	need(!socketpair(AF_UNIX, SOCK_STREAM, 0, mute));
+	need(!socketpair(AF_UNIX, SOCK_STREAM, 0, stuffed));
+	quiet_listener = listen_at(SOCK_STREAM, "@unixes-quiet");
+	for (int i = 0; i < 3; i++) {
+		char c[4096];
+
+		if (fork())
+			continue;
+		close(mute[0]);
+		close(stuffed[1]);
+		for (;; sleeping[i].done++) {
+			if (i == 0)
+				need(recv(mute[1], c, 1, 0) == 1);
+			else if (i == 1)
+				need(send(stuffed[0], chunk, sizeof(chunk), 0) == sizeof(chunk));
+			else
+				need(!close(accept(quiet_listener, NULL, NULL)));
+		}
+	}
+}
+
+static void check_blocked(void)
+{
+	char chunk[4096];
+	int fd = new_socket(SOCK_STREAM, "");
+
+	need(send(mute[0], "x", 1, 0) == 1);
+	need(recv(stuffed[1], chunk, sizeof(chunk), 0) > 0);
+	connect_to(fd, "@unixes-quiet");
+	close(fd);
+	watch(sleeping, 3);
+}
+
+/* --- a thousand pairs, in five processes --- */
+
+#define HOLDERS 5
+#define EACH 200
+static struct worker *holding;
+
+static void hold_many(struct worker *w)
+{
+	int many[EACH][2];
+
+	for (int i = 0; i < EACH; i++) {
+		need(!socketpair(AF_UNIX, types[i % 3], 0, many[i]));
+		need(send(many[i][0], &i, sizeof(i), 0) == sizeof(i));
+	}
+	for (;; w->done++) {
+		for (int i = 0; i < EACH; i++) {
+			int got = -1;
+
+			need(recv(many[i][1], &got, sizeof(got), MSG_PEEK) ==
+			     sizeof(got));
+			need(got == i);
+		}
+		doze(20 * MS);
+	}
+}
+
+static void make_many(void)
+{
+	holding = map_shared(HOLDERS * sizeof(*holding));
+	for (int i = 0; i < HOLDERS; i++)
+		if (!fork())
+			hold_many(&holding[i]);
+}
+
+static void check_many(void)
+{
+	watch(holding, HOLDERS);
+}
+
 static const struct {
 	const char *name;
 	void (*make)(void);
@@ -584,6 +826,10 @@ static const struct {
 	{ "ends", make_ends, check_ends },
 	{ "datagrams", make_datagrams, check_datagrams },
 	{ "unread", make_unread, check_unread },
+	{ "rights", make_rights, check_rights },
+	{ "waiting", make_waiting, check_waiting },
+	{ "blocked", make_blocked, check_blocked },
+	{ "many", make_many, check_many },
 };
 
 int main(int argc, char **argv)
