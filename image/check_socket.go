@@ -48,6 +48,8 @@ func checkSocket(s *Socket) error {
 		return fmt.Errorf("a socket of family %d with the state of a unix socket", s.Family)
 	case u.Shutdown > maxShutdown:
 		return fmt.Errorf("a socket that is shut down by %d", u.Shutdown)
+	case u.Reconnect && (len(u.Peer) <= 2 || u.Peer[2] != '/' || s.Listening):
+		return errors.New("a socket that is to be connected again, but to no path")
 	case len(u.Peer) > maxSockaddr:
 		return fmt.Errorf("socket address of %d bytes", len(u.Peer))
 	}

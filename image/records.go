@@ -894,6 +894,8 @@ type UnixState struct {
 	// Peer is the struct sockaddr of getpeername(2) where the other end has
 	// none that holds it.
 	Peer []byte `cbor:"4,keyasint,omitempty"`
+	// Reconnect: the other end is outside the container, and Peer its path.
+	Reconnect bool `cbor:"5,keyasint,omitempty"`
 }
 
 // PeerCreds are the credentials of a process, as the container numbers them.

@@ -53,6 +53,9 @@ type CheckpointOptions struct {
 	TCPEstablished bool
 	// SkipInFlight: those that no program has accepted yet are left out.
 	SkipInFlight bool
+	// ExtUnixSK is what becomes of unix sockets with peers outside the container:
+	// one of ExtUnixSKs, or "" to refuse them.
+	ExtUnixSK string
 	// External are the keys of open files that are left out, to be given anew at
 	// the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE],
 	// tty[DEVICE:INODE].
@@ -62,6 +65,9 @@ type CheckpointOptions struct {
 	EmptyNetwork bool
 	Log          *slog.Logger
 }
+
+// ExtUnixSKs are the values of CheckpointOptions.ExtUnixSK besides none.
+var ExtUnixSKs = sock.Outsides
 
 // Report says how a journey went.
 type Report struct {
@@ -213,7 +219,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	if err == nil {
 		c.refuseGuests, c.emptyNetwork = k.RefuseExec, k.EmptyNetwork
-		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Warn: c.warn}
+		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Outside: k.ExtUnixSK, Warn: c.warn}
 		c.promise = k.promiseOption
 		err = c.leaveOut(k.External)
 	}

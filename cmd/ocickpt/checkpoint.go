@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -25,6 +27,7 @@ var checkpointCommand = &cli.Command{
 		&cli.BoolFlag{Name: "rootfs-diff", Usage: "save what the container has changed in its root file system, an overlay"},
 		&cli.StringFlag{Name: "rootfs-manifest", Usage: "likewise where it is none: `FILE` is of ocickpt manifest, before the first start"},
 		&cli.BoolFlag{Name: "tcp-established", Usage: "keep connections of TCP"},
+		&cli.GenericFlag{Name: "ext-unix-sk", Value: &outsideFlag{}, Usage: "unix sockets with peers outside: reconnect, or disconnect"},
 		&cli.BoolFlag{Name: "tcp-skip-in-flight", Usage: "let connections be reset that no program has accepted yet"},
 		&cli.StringSliceFlag{Name: "external", Usage: "leave an open file out, to be given at the restore: fd[PID:N], pipe[INODE], socket[INODE], file[DEVICE:INODE], tty[DEVICE:INODE]"},
 		&cli.StringFlag{Name: "exec-sessions", Value: "keep", Usage: "processes of runc exec: keep them, or fail"},
@@ -43,6 +46,25 @@ func emptyNetwork(c *cli.Context) (bool, error) {
 		}
 	}
 	return c.IsSet("empty-ns"), nil
+}
+
+// outsideFlag is --ext-unix-sk, which engines give without a value: as reconnect.
+type outsideFlag struct{ value string }
+
+func (*outsideFlag) IsBoolFlag() bool { return true }
+func (f *outsideFlag) String() string { return f.value }
+
+func (f *outsideFlag) Set(value string) error {
+	switch {
+	case value == "true":
+		value = runtime.ExtUnixSKs[0]
+	case value == "false":
+		value = ""
+	case !slices.Contains(runtime.ExtUnixSKs, value):
+		return fmt.Errorf("it is one of %s", strings.Join(runtime.ExtUnixSKs, ", "))
+	}
+	f.value = value
+	return nil
 }
 
 func checkpoint(c *cli.Context) error {
@@ -68,7 +90,7 @@ func checkpoint(c *cli.Context) error {
 	}
 	r, err := runtime.Checkpoint(c.Context, runtime.CheckpointOptions{
 		Root: c.String("root"), ID: id, Path: path, Stream: stream, LeaveRunning: c.Bool("leave-running"),
-		TCPEstablished: c.Bool("tcp-established"), SkipInFlight: c.Bool("tcp-skip-in-flight"),
+		ExtUnixSK: c.Generic("ext-unix-sk").(*outsideFlag).value, TCPEstablished: c.Bool("tcp-established"), SkipInFlight: c.Bool("tcp-skip-in-flight"),
 		RefuseExec: sessions == "fail", EmptyNetwork: empty, External: c.StringSlice("external"), RootfsDiff: c.Bool("rootfs-diff"), RootfsManifest: c.String("rootfs-manifest"), Log: log,
 	})
 	if work := c.String("work-path"); work != "" {

@@ -34,6 +34,7 @@ var restoreCommand = &cli.Command{
 		&cli.StringSliceFlag{Name: "fd", Usage: "`KEY=N`: what the image has left out under KEY is descriptor N of this process"},
 		&cli.StringFlag{Name: "file-validation", Value: runtime.FileValidations[0], Usage: "how far files must be as they were: " + strings.Join(runtime.FileValidations, ", ")},
 		&cli.StringFlag{Name: "rootfs-diff", Value: runtime.RootfsDiffs[0], Usage: "what the image has changed in the root file system: " + strings.Join(runtime.RootfsDiffs, ", ")},
+		&cli.BoolFlag{Name: "ext-unix-sk", Usage: "accepted; the image says what becomes of unix sockets with peers outside"},
 		&cli.BoolFlag{Name: "tcp-established", Usage: "accepted; the image says whether connections of TCP are kept"},
 		&cli.BoolFlag{Name: "tcp-close", Usage: "restore connections of TCP as reset by their peers"},
 		&cli.StringSliceFlag{Name: "address-map", Usage: "`OLD=NEW`: give sockets with the one local address the other"},

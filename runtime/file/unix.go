@@ -2,6 +2,8 @@ package file
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +22,7 @@ type unixSocket struct {
 	diag    *sock.Diagnosis
 	pending bool // its connection waits to be accepted in the container
 	paired  bool // its connection is recorded
+	lost    bool // what is unread in it goes with its peer
 }
 
 func (u *unixSocket) is(kind int32) bool { return u.Record.Socket.Type == kind }
@@ -131,7 +134,7 @@ func (s *Set) accepted(u *unixSocket, peer []byte) bool {
 const shutAll = 3
 
 func (s *Set) peerGone(u *unixSocket) error {
-	if !u.is(unix.SOCK_DGRAM) && u.diag.Shutdown != shutAll {
+	if !u.is(unix.SOCK_DGRAM) && u.diag.Shutdown != shutAll && u.diag.Peer == 0 {
 		return fail.Refuse("", "its connection waits to be accepted outside the container", "close it before the checkpoint")
 	}
 	f, err := u.seen.own()
@@ -153,12 +156,17 @@ func (s *Set) peerGone(u *unixSocket) error {
 	return nil
 }
 
+// peerOutside is for a socket whose peer the container does not have. One that was
+// accepted, or whose peer has no path that leads to a socket here, has no way back.
 func (s *Set) peerOutside(u *unixSocket) error {
 	f, err := u.seen.own()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	if s.Sockets.Outside != "" {
+		return s.leaveOutside(u, f)
+	}
 	what := "a unix socket without a name"
 	if address, err := sock.PeerAddress(f); err == nil {
 		if name := sock.UnixName(address); name != "" {
@@ -167,7 +175,25 @@ func (s *Set) peerOutside(u *unixSocket) error {
 			what = "a client of unix:" + name
 		}
 	}
-	return fail.Refuse("", "its peer, "+what+", is outside the container", "close the connection before the checkpoint")
+	return fail.Refuse("", "its peer, "+what+", is outside the container", "give --ext-unix-sk=reconnect or disconnect, or close the connection before the checkpoint")
+}
+
+func (s *Set) leaveOutside(u *unixSocket, f *os.File) error {
+	peer, err := sock.PeerAddress(f)
+	if err != nil {
+		return err
+	}
+	name := sock.UnixName(peer)
+	if s.Sockets.Outside == sock.Reconnect {
+		st, err := s.lstat(name)
+		if filepath.IsAbs(name) && err == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			u.Record.Socket.Unix.Peer, u.Record.Socket.Unix.Reconnect = peer, true
+			u.lost = true
+			return nil
+		}
+		s.Warnings = append(s.Warnings, fmt.Sprintf("%s: fd %d: its peer outside the container has no path there, and is closed instead of connected to again", u.seen.proc.Name, u.seen.fd))
+	}
+	return s.peerGone(u)
 }
 
 // acceptLater records the connections that a listening socket has yet to accept.

@@ -180,7 +180,7 @@ func newScratch() (*os.File, error) {
 func (m *Maker) ConnectSockets(stubs map[int]*tracee.Stub) error {
 	u := m.unix
 	u.stubs = stubs
-	for _, step := range []func() error{u.pairs, u.connections, u.settleLate, u.bindAll, u.listenAll, u.backlogs, u.handOut} {
+	for _, step := range []func() error{u.pairs, u.connections, u.settleLate, u.bindAll, u.listenAll, u.backlogs, u.outside, u.handOut} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -816,13 +816,7 @@ func (u *unixMaker) backlogs() error {
 }
 
 func (u *unixMaker) connectPending(c *image.Connection, at reached) error {
-	var creds *image.PeerCreds
-	if f := u.head.File(c.From); f != nil {
-		if t := u.head.Task(f.Opener); t != nil {
-			who := &t.Threads[0].Creds
-			creds = &image.PeerCreds{Pid: t.Pid, UID: who.UID[1], GID: who.GID[1], Groups: who.Groups}
-		}
-	}
+	creds := u.holder(c.From)
 	s, err := u.actor(creds)
 	if err != nil {
 		return err
@@ -849,6 +843,48 @@ func (u *unixMaker) connectPending(c *image.Connection, at reached) error {
 		return fmt.Errorf("connect: %w", err)
 	}
 	return nil
+}
+
+// outside connects sockets again whose peers are not the container's, each as the
+// task that has it.
+func (u *unixMaker) outside() error {
+	for _, ref := range Refs(u.head) {
+		s := u.socketOf(ref)
+		if s == nil || s.Unix == nil || !s.Unix.Reconnect {
+			continue
+		}
+		creds := u.holder(ref)
+		by, err := u.actor(creds)
+		if err != nil {
+			return err
+		}
+		var b tracee.Batch
+		u.as(&b, creds, func() {
+			if creds != nil { // no more rights than the task has
+				task.Capset(&b, u.self.Capabilities, u.identityOf(creds.Pid).Capabilities, 0)
+			}
+			b.Add(unix.SYS_CONNECT, tracee.W(u.fds[ref]), b.Put(s.Unix.Peer), tracee.W(len(s.Unix.Peer)))
+			task.Capset(&b, u.self.Capabilities, u.self.Capabilities, 0)
+		})
+		if _, err := by.Run(&b); err != nil {
+			return fail.On("unix:"+sock.UnixName(s.Unix.Peer), &fail.Error{Cause: fmt.Errorf("cannot be connected to again: %w", err), Remedy: "start who listens there, or checkpoint with --ext-unix-sk=disconnect"})
+		}
+	}
+	return nil
+}
+
+// holder is who a task is that holds a socket, nil for none.
+func (u *unixMaker) holder(ref image.Ref) *image.PeerCreds {
+	f := u.head.File(ref)
+	if f == nil {
+		return nil
+	}
+	t := u.head.Task(f.Opener)
+	if t == nil {
+		return nil
+	}
+	who := &t.Threads[0].Creds
+	return &image.PeerCreds{Pid: t.Pid, UID: who.UID[1], GID: who.GID[1], Groups: who.Groups}
 }
 
 // handOut gives the late sockets to the stubs whose tables, or whose threads' or

@@ -85,11 +85,18 @@ func (s *Set) closeFlying() {
 
 // linkUnread finds the descriptions that are in flight, and who has sent datagrams.
 func (s *Set) linkUnread(byFile map[*seen]*Description) error {
+	var kept []*unread
+	defer func() { s.unreads = kept }()
 	for _, q := range s.unreads {
 		socket := s.unixOf[q.inode]
 		if socket == nil {
 			return fmt.Errorf("socket %d is no unix socket any more", q.inode)
 		}
+		if socket.lost {
+			s.Warnings = append(s.Warnings, fmt.Sprintf("%s: fd %d: what its peer outside the container has sent and nobody has read is dropped", socket.seen.proc.Name, socket.seen.fd))
+			continue
+		}
+		kept = append(kept, q)
 		var senders []*unixSocket
 		for i := range q.messages {
 			from := s.senderOf(socket, q.messages[i].Name)

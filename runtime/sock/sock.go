@@ -46,7 +46,9 @@ type Choices struct {
 	Established bool
 	// SkipInFlight: those that nobody has accepted yet are left out.
 	SkipInFlight bool
-	Warn         func(format string, args ...any)
+	// Outside is one of Outsides, for unix sockets.
+	Outside string
+	Warn    func(format string, args ...any)
 }
 
 // family is one address family, both directions.

@@ -194,6 +194,16 @@ func Connect(f, to *os.File) error {
 	return nil
 }
 
+// What becomes of a unix socket whose peer is outside the container.
+const (
+	Reconnect  = "reconnect"  // it is connected again by its peer's path
+	Disconnect = "disconnect" // its peer's end is closed
+)
+
+// Outsides are the values of Choices.Outside besides none, for which such sockets
+// are refused.
+var Outsides = []string{Reconnect, Disconnect}
+
 // Diagnosis is what sock_diag(7) tells of a unix socket.
 type Diagnosis struct {
 	// HasPeer: it is or was connected. Peer is the inode of the other end, 0

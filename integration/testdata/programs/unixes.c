@@ -776,6 +776,32 @@ static void check_blocked(void)
 	watch(sleeping, 3);
 }
 
+/* --- a peer outside, where OUTSIDE says, until it is closed --- */
+
+static int outside = -1;
+
+static void make_outside(void)
+{
+	if (!getenv("OUTSIDE"))
+		return;
+	outside = new_socket(SOCK_STREAM, "");
+	connect_to(outside, getenv("OUTSIDE"));
+}
+
+static void check_outside(void)
+{
+	char c = 'o';
+
+	if (outside < 0)
+		return;
+	if (send(outside, &c, 1, MSG_NOSIGNAL) == 1)
+		return;
+	need(errno == EPIPE && recv(outside, &c, 1, 0) == 0);
+	need(!mkdir("/out/unixes.closed", 0755));
+	close(outside);
+	outside = -1;
+}
+
 /* --- a thousand pairs, in five processes --- */
 
 #define HOLDERS 5
@@ -830,6 +856,7 @@ static const struct {
 	{ "waiting", make_waiting, check_waiting },
 	{ "blocked", make_blocked, check_blocked },
 	{ "many", make_many, check_many },
+	{ "outside", make_outside, check_outside },
 };
 
 int main(int argc, char **argv)
