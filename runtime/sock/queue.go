@@ -11,6 +11,7 @@ import (
 
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/fault"
 )
 
 // Unread is a message, or a stretch of a stream, that waits in a unix socket.
@@ -27,8 +28,10 @@ type Unread struct {
 type Promise func(f *os.File, name, value int) (kept func() error, err error)
 
 // ReadQueue reads what lies in a unix socket and takes nothing out (MSG_PEEK). To
-// see more than the first message it sets SO_PEEK_OFF, and SO_PASSCRED to see who
-// has sent it; both are then what they were. All who use the socket are stopped.
+// see more than the first message it sets SO_PEEK_OFF, which is then what it was.
+// All who use the socket are stopped. Credentials are seen where the socket asks for
+// them (SO_PASSCRED): to ask in its place would be seen by the program, for the
+// moment in which it runs already if this process is killed.
 func (in *Inside) ReadQueue(f *os.File, promise Promise) ([]Unread, error) {
 	q := queueReader{in: in, fd: int(f.Fd())}
 	if some, err := q.anything(); err != nil || !some {
@@ -39,11 +42,9 @@ func (in *Inside) ReadQueue(f *os.File, promise Promise) ([]Unread, error) {
 		read = q.stream
 	}
 	var out []Unread
-	err := q.with(f, unix.SO_PASSCRED, 1, promise, func() error {
-		return q.with(f, unix.SO_PEEK_OFF, 0, promise, func() (err error) {
-			out, err = read()
-			return err
-		})
+	err := q.with(f, unix.SO_PEEK_OFF, 0, promise, func() (err error) {
+		out, err = read()
+		return err
 	})
 	if err != nil {
 		closeFiles(out)
@@ -58,14 +59,15 @@ func (q *queueReader) with(f *os.File, name, value int, promise Promise, do func
 	if err != nil {
 		return err
 	}
-	if was == value && name == unix.SO_PASSCRED {
-		return do()
-	}
 	kept, err := promise(f, name, was)
 	if err != nil {
 		return err
 	}
-	if err = unix.SetsockoptInt(q.fd, unix.SOL_SOCKET, name, value); err == nil {
+	err = unix.SetsockoptInt(q.fd, unix.SOL_SOCKET, name, value)
+	if err == nil {
+		err = fault.Point("sock.peek")
+	}
+	if err == nil {
 		err = do()
 	}
 	return errors.Join(err, unix.SetsockoptInt(q.fd, unix.SOL_SOCKET, name, was), kept())

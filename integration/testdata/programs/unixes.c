@@ -525,6 +525,8 @@ static void check_unread(void)
 	for (size_t i = 0; i < COUNT(types); i++) {
 		int in = full[i][1];
 
+		need(!getsockopt(in, SOL_SOCKET, SO_PEEK_OFF, &off, &len));
+		need(off == -1);
 		if (types[i] == SOCK_STREAM) {
 			expect_peek(in, 0, "firstsecond one", getpid());
 		} else {
