@@ -454,6 +454,32 @@ func TestBadObjects(t *testing.T) {
 		{"adjustment of semaphore 0 by undo list 0", on(func(s *SemSet) bool { s.Undo = []SemUndo{{}}; return true })},
 		{"a message of a type that is not positive", on(func(q *Messages) bool { q.Messages = []Message{{Type: 0}}; return true })},
 		{"too long", on(func(q *Messages) bool { q.Messages = []Message{{Type: 1, Size: 65 << 20}}; return true })},
+		{"which are not unix sockets before it", on(func(c *Connection) bool { c.To = refSocket; return true })},
+		{"which are not unix sockets before it", on(func(c *Connection) bool { c.From, c.To = 0, 0; return true })},
+		{"cannot be connected to #36 from both sides", on(func(c *Connection) bool { c.From = refPeer; return true })},
+		{"names no unix socket before it", on(func(q *Queue) bool { q.Socket = refSocket; return true })},
+		{"message 0: reference 10 names no unix socket", on(func(q *Queue) bool { q.Messages[0].From = refSocket; return true })},
+		{"a queue of 1073741825 bytes", on(func(q *Queue) bool { q.Messages[0].Size = 1<<30 + 1; return true })},
+		{"message 0: it carries 254 descriptors", on(func(q *Queue) bool { q.Messages[0].Files = make([]Ref, 254); return true })},
+		{"message 0: reference 4 names no open file", on(func(q *Queue) bool { q.Messages[0].Files = []Ref{refPipe}; return true })},
+		{"message 0: socket address of 129 bytes", on(func(q *Queue) bool { q.Messages[0].Name = make([]byte, 129); return true })},
+		{"message 1: it cannot be out of band", on(func(q *Queue) bool { q.Messages[1].OOB = true; return true })},
+		{"credentials of process -1", on(func(q *Queue) bool { q.Messages[0].Creds.Pid = -1; return true })},
+		{"cannot have such a queue", on(func(q *Queue) bool { q.Sent = true; return true })},
+		{"a socket that is shut down by 4", on(func(f *File) bool {
+			if f.Socket == nil || f.Socket.Unix == nil {
+				return false
+			}
+			f.Socket.Unix.Shutdown = 4
+			return true
+		})},
+		{"to no path", on(func(f *File) bool {
+			if f.Socket == nil || f.Socket.Unix == nil {
+				return false
+			}
+			f.Socket.Unix.Reconnect = true
+			return true
+		})},
 		{`cannot be called ".."`, on(func(q *Mqueue) bool { q.Name = ".."; return true })},
 		{`cannot be called "a/b"`, on(func(q *Mqueue) bool { q.Name = "a/b"; return true })},
 		{`cannot be called ""`, on(func(q *Mqueue) bool { q.Name = ""; return true })},

@@ -49,6 +49,10 @@ const (
 	refRootDir
 	refRootFile
 	refGiven
+	refUnix
+	refPeer
+	refConnection
+	refQueue
 )
 
 const areaHeap = 0x7f0000001000
@@ -161,6 +165,10 @@ func sampleObjects() []sampleRecord {
 		{TypeInode, Inode{Names: []Name{{refRoot, "etc"}}, Mode: 0o40755, Merged: true, Gone: []string{"a", "b"}}},
 		{TypeInode, Inode{Names: []Name{{refRootDir, "c"}, {refRoot, "d"}}, Mode: 0o100644}},
 		{TypeFile, File{Kind: KindExternal, Flags: 1, Key: "pipe[77]", Path: "pipe:[77]", Mode: 0o010600, Opener: 1}},
+		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afUnix, Type: 2, Unix: &UnixState{Creds: &PeerCreds{Pid: 7, UID: 33, Groups: []uint32{4}}}}}},
+		{TypeFile, File{Kind: KindSocket, Flags: 2, Socket: &Socket{Family: afUnix, Type: 2, Unix: &UnixState{Shutdown: 1}}}},
+		{TypeConnection, Connection{From: refUnix, To: refPeer, Mutual: true}},
+		{TypeQueue, Queue{Socket: refPeer, Messages: []Unread{{From: refUnix, Creds: &PeerCreds{Pid: 7}, Files: []Ref{refLog, refUnix}}, {}}}},
 		{TypeNetwork, Network{
 			Namespace: 2, Links: []NetLink{{Index: 1, Name: "lo", Kind: LinkLoopback, Flags: 1}, {Index: 2, Name: "eth0", Outside: true}, {Index: 3, Name: "t0", Kind: "tun", Tun: &Tun{Flags: 2}}},
 			Addresses: [][]byte{{2, 8, 0, 0, 1, 0, 0, 0}}, Filters: []Netfilter{{Message: []byte{2, 0, 0, 0}}}, Sysctls: []Sysctl{{"ipv4/ip_forward", "1"}},
