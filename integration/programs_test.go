@@ -16,7 +16,7 @@ type program struct {
 	// to its own listeners and to remove the file when that went well.
 	connect string
 	// neverPaused: a pause by cgroup v1's freezer alone ends epoll_wait and
-	// rt_sigtimedwait with EINTR, which this program does not put up with.
+	// rt_sigtimedwait with EINTR and takes a turn from threads, which this program does not put up with.
 	// (A checkpoint restarts those calls, so it must.)
 	neverPaused bool
 }
@@ -40,7 +40,7 @@ var programs = []program{
 	{name: "files", options: []option{withArgs("/bin/files")}, loopback: true, connect: "files.connect"},
 	{name: "nameless", options: []option{withArgs("/bin/nameless")}, connect: "nameless.connect"},
 	{name: "locks", options: []option{withArgs("/bin/locks")}},
-	{name: "unixes", options: []option{withArgs("/bin/unixes")}},
+	{name: "unixes", neverPaused: true, options: []option{withArgs("/bin/unixes")}},
 	{name: "overlay", options: []option{
 		withReport("nameless"), withHostPrograms(), withArgs("/out/bin/nameless", "overlay"),
 	}},
@@ -62,7 +62,7 @@ var programs = []program{
 	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts", "shared"), withMounting()}},
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
-	{name: "mqueues", options: []option{withArgs("/bin/mqueues")}},
+	{name: "mqueues", neverPaused: true, options: []option{withArgs("/bin/mqueues")}},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},

@@ -116,7 +116,7 @@ func (k *checkpoint) ask(p *process, children []*process) (*asking, error) {
 	if !asks {
 		asker = nil
 	}
-	a, err := src.Ask(p.space)
+	a, err := src.Ask()
 	return &asking{a, p, asker}, err
 }
 

@@ -85,9 +85,9 @@ type Asked struct {
 }
 
 // Ask reads what a process and its threads own, as far as that can be done from
-// outside. Space is of its address space (tracee.Job). Answer takes what the
+// outside. Answer takes what the
 // batches have found out.
-func (s *Source) Ask(space any) (*Asked, error) {
+func (s *Source) Ask() (*Asked, error) {
 	st := &State{tids: s.Tids, Task: &image.Task{
 		Pid:        int32(s.Inner),
 		ExitSignal: int32(s.Stat.Field(StatExitSignal)),
@@ -104,7 +104,7 @@ func (s *Source) Ask(space any) (*Asked, error) {
 		if s.Threads[i] == nil {
 			err = s.waiting(i, s.Waiting[i], rec)
 		} else {
-			err = a.thread(i, space)
+			err = a.thread(i)
 		}
 		if err != nil {
 			return nil, err
@@ -190,7 +190,7 @@ func procNumber(pid int, name string, base int) (int64, error) {
 }
 
 // thread reads one thread; the leader's batch asks for the process as well.
-func (a *Asked) thread(i int, space any) error {
+func (a *Asked) thread(i int) error {
 	s, st := a.Source, a.State
 	t, rec := s.Threads[i], &st.Task.Threads[i]
 	if err := s.registers(i, rec); err != nil {
@@ -207,7 +207,7 @@ func (a *Asked) thread(i int, space any) error {
 	b := &tracee.Batch{}
 	done := []func(){askThread(b, rec)}
 	more := askUnsaved(b)
-	job := &tracee.Job{Live: s.Live, Thread: t, Batch: b, Space: space, Known: &tracee.Known{
+	job := &tracee.Job{Live: s.Live, Thread: t, Batch: b, Known: &tracee.Known{
 		Tgid: uint32(Innermost(status.NStgid)), Tid: uint32(Innermost(status.NSpid)), Caught: status.SigCgt, Seccomp: status.Seccomp,
 	}}
 	if i == s.asker() {

@@ -108,7 +108,7 @@ func collectChild(t *testing.T) *State {
 	src.Live, err = tracee.NewLive(pid)
 	check(t, err)
 	defer src.Live.Close()
-	asked, err := src.Ask(pid)
+	asked, err := src.Ask()
 	check(t, err)
 	tracee.RunAll(asked.Jobs)
 	check(t, asked.Answer())

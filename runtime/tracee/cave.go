@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -245,21 +244,16 @@ func gone(err error) error {
 	return err
 }
 
-// take returns the address of a slot that may be written, but for those in use, by
-// threads that call themselves as inUse says. Nor is a slot taken of which such a
-// thread, while it runs, cannot be asked whether it may return there.
+// take returns the address of a slot that may be written.
 //
 // Leaving empties a slot, so one that is not empty and not in use is from an
 // ocickpt that died. Its thread has long left the code of the
 // slot by then, or it would be busy, but a signal handler that interrupted it
 // there may still return to it. So an empty slot is taken if there is any, and
 // else one to which nothing points any more.
-func (c *cave) take(id ids, inUse map[uint64]uint32) (uint64, error) {
+func (c *cave) take(id ids) (uint64, error) {
 	var used []uint64
 	for _, at := range c.slots {
-		if inUse[at] != 0 {
-			continue
-		}
 		s, err := c.read(at)
 		if err != nil {
 			return 0, err
@@ -267,9 +261,7 @@ func (c *cave) take(id ids, inUse map[uint64]uint32) (uint64, error) {
 		if s.empty {
 			return at, nil
 		}
-		if !slices.Contains(slices.Collect(maps.Values(inUse)), s.Tid) {
-			used = append(used, at)
-		}
+		used = append(used, at)
 	}
 	var none *NoSlotError
 	for _, at := range used {
@@ -281,14 +273,8 @@ func (c *cave) take(id ids, inUse map[uint64]uint32) (uint64, error) {
 			return 0, err
 		}
 	}
-	if none == nil {
-		return 0, errNoneFree
-	}
 	return 0, none
 }
-
-// errNoneFree says that every slot is in use by ourselves.
-var errNoneFree = errors.New("every slot of the cave is in use")
 
 // abandoned proves that nobody returns to the slot at: its thread is gone, or has no
 // signal frame on its stack that leads there. It returns a *NoSlotError if it cannot.

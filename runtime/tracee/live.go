@@ -59,7 +59,6 @@ type Live struct {
 	// halted is set once the process is known to be in a group stop, which a
 	// SIGCONT would end.
 	halted bool
-	taken  map[uint64]uint32 // slots of visits that are under way, and whose
 }
 
 // RefusedError says why a thread cannot run a batch, before anything was done.
@@ -111,7 +110,7 @@ func NewLive(pid int) (*Live, error) {
 	if err != nil {
 		return nil, errors.Join(err, mem.Close())
 	}
-	return &Live{pid: pid, cave: c, taken: map[uint64]uint32{}}, nil
+	return &Live{pid: pid, cave: c}, nil
 }
 
 // Close releases what NewLive opened.
@@ -199,20 +198,17 @@ func (t *Thread) runBriefly(brief, limit time.Duration) error {
 // A failing call that is not tolerated ends the batch with a *CallError; calls
 // behind it have Ret 0. Whatever the error, the thread has been left as it was,
 // unless it wraps ErrGone.
-func (l *Live) Run(t *Thread, b *Batch) error {
+func (l *Live) Run(t *Thread, b *Batch) error { return l.run(t, nil, b) }
+
+func (l *Live) run(t *Thread, known *Known, b *Batch) error {
 	if len(b.Calls) == 0 {
 		return nil
 	}
-	v, err := l.prepare(t, nil)
+	v, err := l.prepare(t, known)
 	if err != nil {
 		return err
 	}
-	return v.pay(b)
-}
-
-// pay is a visit from its beginning to its end.
-func (v *visit) pay(b *Batch) error {
-	err := v.enter(b)
+	err = v.enter(b)
 	if err == nil {
 		err = v.run(b)
 	}
@@ -237,7 +233,6 @@ type visit struct {
 	page     uint64      // where it is; 0 while there is none
 	now      Regs        // the thread's registers at its latest stop in the slot
 	entered  bool        // the instruction pointer is in the slot
-	running  bool        // it has been resumed and its next stop is to be waited for
 	stepping bool        // it stopped at a system call, not on its way out of the kernel
 
 	punished func(nr uintptr, args [6]uint64) bool // by its filter; nil without
@@ -285,9 +280,7 @@ func (l *Live) prepare(t *Thread, known *Known) (*visit, error) {
 	if err := v.learnFilter(st.seccomp); err != nil {
 		return nil, err
 	}
-	if v.slot, err = l.cave.take(st.ids, l.taken); err == nil {
-		l.taken[v.slot] = v.id.tid
-	}
+	v.slot, err = l.cave.take(st.ids)
 	return v, err
 }
 
@@ -441,10 +434,7 @@ func (v *visit) leave() (first error) {
 			first = err
 		}
 	}
-	switch {
-	case v.running: // it unmaps already
-		first = v.unmap()
-	case v.page != 0:
+	if v.page != 0 {
 		undo(PointUnmap, v.unmap)
 	}
 	if v.stepping {
@@ -456,7 +446,6 @@ func (v *visit) leave() (first error) {
 	}
 	undo(PointClear, func() error { return v.live.cave.clear(v.slot, v.id.tgid) })
 	undo(PointDone, func() error { return nil })
-	delete(v.live.taken, v.slot)
 	return first
 }
 
@@ -554,12 +543,13 @@ func (v *visit) heedStop() error {
 // we look at it once in a while.
 func (v *visit) resume(sig unix.Signal) (Stop, error) {
 	const patience = time.Second
-	if !v.running {
-		if err := v.start(sig); err != nil {
-			return Stop{}, err
-		}
+	cont := v.Cont
+	if v.report == 0 {
+		cont = v.ContSyscall
 	}
-	v.running = false
+	if err := cont(sig); err != nil {
+		return Stop{}, err
+	}
 	if v.guards != nil {
 		if err := v.feed(v.guards); err != nil {
 			_, stopping := v.interrupted(patience)
@@ -572,17 +562,6 @@ func (v *visit) resume(sig unix.Signal) (Stop, error) {
 	}
 	v.stepping = s.Syscall()
 	return s, err
-}
-
-// start lets the thread run; the next resume waits for its stop.
-func (v *visit) start(sig unix.Signal) error {
-	cont := v.Cont
-	if v.report == 0 {
-		cont = v.ContSyscall
-	}
-	err := cont(sig)
-	v.running = err == nil
-	return err
 }
 
 // interrupted stops the thread wherever it is.

@@ -327,7 +327,7 @@ func visitTogether(l *Live, threads []*Thread) error {
 	var jobs []*Job
 	ran := 0
 	for _, th := range threads {
-		jobs = append(jobs, &Job{Live: l, Thread: th, Batch: sampleBatch(), Space: l, Ran: func() { ran++ }})
+		jobs = append(jobs, &Job{Live: l, Thread: th, Batch: sampleBatch(), Ran: func() { ran++ }})
 	}
 	RunAll(jobs)
 	for _, j := range jobs {
@@ -1019,7 +1019,7 @@ func TestSlotReuse(t *testing.T) {
 		}
 		expect := func(what string, want bool) {
 			t.Helper()
-			_, err := l.cave.take(id, nil)
+			_, err := l.cave.take(id)
 			var none *NoSlotError
 			if err == nil != want || err != nil && !errors.As(err, &none) {
 				t.Errorf("%s: taken: %v, error %v", what, err == nil, err)
@@ -1055,7 +1055,7 @@ func TestSlotReuse(t *testing.T) {
 			if err := th.Write(r.Rsp+64, frame); err != nil {
 				return err
 			}
-			if _, err := l.cave.take(id, nil); err != nil {
+			if _, err := l.cave.take(id); err != nil {
 				t.Errorf("one of the slots is pointed to: %v", err)
 			}
 			if err := l.cave.abandoned(at, id.tgid); err == nil {
