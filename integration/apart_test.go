@@ -35,7 +35,7 @@ func selected() ([]string, error) {
 	if os.Getenv(envFixtures) != "" || flag.Lookup("test.list").Value.String() != "" || strings.Contains(pattern, "/") {
 		return nil, nil
 	}
-	out, err := exec.Command(os.Args[0], "-test.list="+cmp.Or(pattern, ".")).Output()
+	out, err := again("-test.list=" + cmp.Or(pattern, ".")).Output()
 	return strings.Fields(string(out)), err
 }
 
@@ -70,8 +70,13 @@ func runApart(names []string) (code int) {
 // runOne runs one test with the flags of this process.
 func runOne(name string) ([]byte, error) {
 	args := append(os.Args[1:len(os.Args):len(os.Args)], "-test.run=^"+name+"$")
+	out, err := again(args...).CombinedOutput()
+	return bytes.TrimSuffix(out, []byte("PASS\n")), err
+}
+
+// again is this program once more, with what it has built.
+func again(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), envFixtures+"="+fixtures)
-	out, err := cmd.CombinedOutput()
-	return bytes.TrimSuffix(out, []byte("PASS\n")), err
+	return cmd
 }
