@@ -133,7 +133,7 @@ func (a *Asked) Answer() error {
 	if err := s.readPending(st); err != nil {
 		return err
 	}
-	if err := s.checkTraps(st); err != nil {
+	if err := s.trapsInVfork(st.Task); err != nil {
 		return err
 	}
 	read := monotonicNow()

@@ -200,22 +200,13 @@ func QueueTraps(s *tracee.Stub, t *image.Task, i int, last bool) error {
 	return queue(process, unix.SYS_RT_SIGQUEUEINFO, pid)
 }
 
-// checkTraps refuses SIGTRAPs that QueueTraps could not queue: where a thread waits
-// in vfork(2), it calls that again at the very last, as a stub; and where the process
-// ignores the signal, but a thread had blocked it, each further thread that is
-// finished sets the action once more, which drops what waits for the others.
-func (s *Source) checkTraps(st *State) error {
-	t, pending := st.Task, 0
+// trapsInVfork refuses them where a thread waits in vfork(2): it calls that again at
+// the very last, as a stub, when they would be queued.
+func (s *Source) trapsInVfork(t *image.Task) error {
+	pending := len(traps(t.Pending))
 	for i := range t.Threads {
 		pending += len(traps(t.Threads[i].Pending))
 	}
-	ignored := slices.ContainsFunc(st.Sighand.Actions, func(a image.SigAction) bool {
-		return a.Signal == int32(unix.SIGTRAP) && a.Handler == sigIgn
-	})
-	if pending > 0 && ignored && len(t.Threads) > 1 {
-		return fail.Refuse("pending SIGTRAP", "its process ignores that by now, and has further threads", "try again when the thread has unblocked it")
-	}
-	pending += len(traps(t.Pending))
 	if pending > 0 && slices.ContainsFunc(s.Waiting, func(w *Waiting) bool { return w != nil }) {
 		return fail.Refuse("pending SIGTRAP", "a thread of its process waits in vfork(2)", "try again when that has returned")
 	}
