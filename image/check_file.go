@@ -367,49 +367,41 @@ func (b *builder) checkPipe(p *Pipe) error {
 	return nil
 }
 
+// contents tells how many raw bytes an object has, and what to call one whose
+// bytes are a queue, without holes. Objects of other kinds have none.
+func contents(object any) (queue string, size uint64, ok bool) {
+	switch o := object.(type) {
+	case *Pipe:
+		return "pipe", uint64(o.Length), true
+	case *Messages:
+		return "message queue", o.Bytes(), true
+	case *Mqueue:
+		return "message queue", o.Bytes(), true
+	case *Queue:
+		return "queue", o.Bytes(), true
+	case *Pty:
+		return "terminal", o.unread(), true
+	case *File:
+		return "connection", o.Socket.queued(), true
+	case *Removed:
+		return "", uint64(o.Size), true
+	case *Inode:
+		return "", o.Size, true
+	}
+	return "", 0, false
+}
+
 // bytes checks a TypeBytes record of n raw bytes that begin at offset of the
-// object, and takes note of them. An object's bytes ascend; those of a pipe,
+// object, and takes note of them. An object's bytes ascend; those of a queue,
 // which has no holes, follow one another.
 func (b *builder) bytes(ref Ref, offset, n uint64) error {
-	var size uint64
-	next := b.progress[ref]
-	switch o := b.Objects[ref].(type) {
-	case *Pipe:
-		size = uint64(o.Length)
-		if offset != next {
-			return fmt.Errorf("bytes of pipe #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *Messages:
-		size = o.Bytes()
-		if offset != next {
-			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *Mqueue:
-		size = o.Bytes()
-		if offset != next {
-			return fmt.Errorf("bytes of message queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *Queue:
-		size = o.Bytes()
-		if offset != next {
-			return fmt.Errorf("bytes of queue #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *Pty:
-		size = o.unread()
-		if offset != next {
-			return fmt.Errorf("bytes of terminal #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *File:
-		size = o.Socket.queued()
-		if offset != next {
-			return fmt.Errorf("bytes of connection #%d at %d do not follow those before, which end at %d", ref, offset, next)
-		}
-	case *Removed:
-		size = uint64(o.Size)
-	case *Inode:
-		size = o.Size
-	default:
+	queue, size, ok := contents(b.Objects[ref])
+	if !ok {
 		return fmt.Errorf("reference %d names no pipe, terminal or file without a name", ref)
+	}
+	next := b.progress[ref]
+	if queue != "" && offset != next {
+		return fmt.Errorf("bytes of %s #%d at %d do not follow those before, which end at %d", queue, ref, offset, next)
 	}
 	switch {
 	case n == 0:

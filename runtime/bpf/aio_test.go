@@ -1,9 +1,9 @@
 package bpf
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
-	"os/exec"
 	"testing"
 	"time"
 	"unsafe"
@@ -67,26 +67,16 @@ func TestAIO(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	c := exec.Command("/proc/self/exe")
-	c.Env = append(os.Environ(), aioEnv+"=1")
-	out, err := c.StdoutPipe()
-	if err == nil {
-		err = c.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	pid, said := helper(t, aioEnv, 0)
 	var ctx [2]uint64
-	if err := binary.Read(out, binary.LittleEndian, &ctx); err != nil {
+	if err := binary.Read(bytes.NewReader(said), binary.LittleEndian, &ctx); err != nil {
 		t.Fatal(err)
 	}
-	traced(t, c.Process.Pid)
 	all, err := q.Contexts()
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := all[c.Process.Pid]
+	got := all[pid]
 	want := [2]AIOContext{{Requests: 10, Tail: 3}, {Requests: 20, Busy: 3, Waits: true}}
 	for i := range ctx {
 		if got[ctx[i]] != want[i] {

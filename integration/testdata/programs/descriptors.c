@@ -816,10 +816,7 @@ static void check_fanotify(void)
 	fan_used++;
 }
 
-static const struct {
-	const char *name;
-	void (*make)(void), (*check)(void);
-} parts[] = {
+static const struct part parts[] = {
 	{ "inotify", make_inotify, check_inotify },
 	{ "pidfd", make_pidfd, check_pidfd },
 	{ "namespaces", make_namespaces, check_namespaces },
@@ -833,14 +830,9 @@ static const struct {
 int main(int argc, char **argv)
 {
 	report_open("descriptors");
-	for (size_t i = 0; i < COUNT(parts); i++)
-		if (wanted(argc, argv, parts[i].name))
-			parts[i].make();
+	make_parts(argc, argv, parts, COUNT(parts));
 	for (restored();; doze(20 * MS)) {
 		again = restored();
-		for (size_t i = 0; i < COUNT(parts); i++)
-			if (wanted(argc, argv, parts[i].name))
-				parts[i].check();
-		tick();
+		check_parts(argc, argv, parts, COUNT(parts));
 	}
 }

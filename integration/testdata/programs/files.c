@@ -471,10 +471,7 @@ static void check_kernel_files(void)
 	need(!strcmp(text, "65536\n"));
 }
 
-static const struct {
-	const char *name;
-	void (*make)(void), (*check)(void);
-} parts[] = {
+static const struct part parts[] = {
 	{ "regular", make_regular, check_regular },
 	{ "directory", make_directory, check_directory },
 	{ "devices", make_devices, check_devices },
@@ -491,14 +488,7 @@ static const struct {
 int main(int argc, char **argv)
 {
 	report_open("files");
-	for (size_t i = 0; i < COUNT(parts); i++)
-		if (wanted(argc, argv, parts[i].name))
-			parts[i].make();
-	for (;;) {
-		for (size_t i = 0; i < COUNT(parts); i++)
-			if (wanted(argc, argv, parts[i].name))
-				parts[i].check();
-		tick();
-		doze(20 * MS);
-	}
+	make_parts(argc, argv, parts, COUNT(parts));
+	for (;; doze(20 * MS))
+		check_parts(argc, argv, parts, COUNT(parts));
 }

@@ -215,4 +215,28 @@ static inline int wanted(int argc, char **argv, const char *part)
 	return argc < 2;
 }
 
+/* part is one of the things that a program holds: made once, checked in each
+ * round. */
+struct part {
+	const char *name;
+	void (*make)(void), (*check)(void);
+};
+
+static inline void make_parts(int argc, char **argv, const struct part *parts,
+			      size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (wanted(argc, argv, parts[i].name))
+			parts[i].make();
+}
+
+static inline void check_parts(int argc, char **argv, const struct part *parts,
+			       size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (wanted(argc, argv, parts[i].name))
+			parts[i].check();
+	tick();
+}
+
 #endif

@@ -438,10 +438,7 @@ static void check_counts(void)
 	need(pwrite(counts_fd, line, n, 0) == n);
 }
 
-static const struct {
-	const char *name;
-	void (*make)(void), (*check)(void);
-} parts[] = {
+static const struct part parts[] = {
 	{ "handlers", make_handlers, check_handlers },
 	{ "pending", make_pending, check_pending },
 	{ "itimers", make_itimers, check_itimers },
@@ -453,14 +450,7 @@ static const struct {
 int main(int argc, char **argv)
 {
 	report_open("signals");
-	for (size_t i = 0; i < COUNT(parts); i++)
-		if (wanted(argc, argv, parts[i].name))
-			parts[i].make();
-	for (;;) {
-		for (size_t i = 0; i < COUNT(parts); i++)
-			if (wanted(argc, argv, parts[i].name))
-				parts[i].check();
-		tick();
-		doze(20 * MS);
-	}
+	make_parts(argc, argv, parts, COUNT(parts));
+	for (;; doze(20 * MS))
+		check_parts(argc, argv, parts, COUNT(parts));
 }

@@ -413,9 +413,26 @@ static void check_datagrams(void)
 static int full[COUNT(types)][2], empty[COUNT(types)][2], last_words, posted, postman, urgent[2];
 static pid_t sender;
 
+/* post sends to posted: from one that stays and two that are gone. */
+static void post(void)
+{
+	int fd;
+
+	need(send(postman, "one", 3, 0) == 3);
+	fd = new_socket(SOCK_DGRAM, "/out/unixes.stranger");
+	connect_to(fd, "/out/unixes.post");
+	need(send(fd, "two", 3, 0) == 3);
+	close(fd);
+	unlink("/out/unixes.stranger");
+	fd = new_socket(SOCK_DGRAM, "");
+	connect_to(fd, "/out/unixes.post");
+	need(send(fd, "three", 5, 0) == 5);
+	close(fd);
+}
+
 static void make_unread(void)
 {
-	int on = 1, gone[2], to_sender[2], fd;
+	int on = 1, gone[2], to_sender[2];
 	char c;
 
 	for (size_t i = 0; i < COUNT(types); i++) {
@@ -451,16 +468,7 @@ static void make_unread(void)
 	posted = new_socket(SOCK_DGRAM, "/out/unixes.post");
 	postman = new_socket(SOCK_DGRAM, "@postman");
 	connect_to(postman, "/out/unixes.post");
-	need(send(postman, "one", 3, 0) == 3);
-	fd = new_socket(SOCK_DGRAM, "/out/unixes.stranger");
-	connect_to(fd, "/out/unixes.post");
-	need(send(fd, "two", 3, 0) == 3);
-	close(fd);
-	unlink("/out/unixes.stranger");
-	fd = new_socket(SOCK_DGRAM, "");
-	connect_to(fd, "/out/unixes.post");
-	need(send(fd, "three", 5, 0) == 5);
-	close(fd);
+	post();
 	/* An out-of-band byte among others. */
 	need(!socketpair(AF_UNIX, SOCK_STREAM, 0, urgent));
 	need(send(urgent[0], "before", 6, 0) == 6);
@@ -519,7 +527,7 @@ static void expect_post(const char *text, const char *name)
 static void check_unread(void)
 {
 	char buf[16] = { 0 }, c;
-	int off = -1, at, fd;
+	int off = -1, at;
 	socklen_t len = sizeof(off);
 
 	for (size_t i = 0; i < COUNT(types); i++) {
@@ -552,16 +560,7 @@ static void check_unread(void)
 	expect_post("two", "/out/unixes.stranger");
 	expect_post("three", "");
 	expect_silent(posted);
-	need(send(postman, "one", 3, 0) == 3);
-	fd = new_socket(SOCK_DGRAM, "/out/unixes.stranger");
-	connect_to(fd, "/out/unixes.post");
-	need(send(fd, "two", 3, 0) == 3);
-	close(fd);
-	unlink("/out/unixes.stranger");
-	fd = new_socket(SOCK_DGRAM, "");
-	connect_to(fd, "/out/unixes.post");
-	need(send(fd, "three", 5, 0) == 5);
-	close(fd);
+	post();
 	/* The byte is the second thing that is read. */
 	need(recv(urgent[1], &c, 1, MSG_OOB | MSG_PEEK) == 1 && c == '!');
 	need(!ioctl(urgent[1], SIOCATMARK, &at) && !at);
@@ -843,11 +842,7 @@ static void check_many(void)
 	watch(holding, HOLDERS);
 }
 
-static const struct {
-	const char *name;
-	void (*make)(void);
-	void (*check)(void);
-} parts[] = {
+static const struct part parts[] = {
 	{ "pairs", make_pairs, check_pairs },
 	{ "across", make_across, check_across },
 	{ "server", make_server, check_server },
@@ -864,14 +859,7 @@ static const struct {
 int main(int argc, char **argv)
 {
 	report_open("unixes");
-	for (size_t i = 0; i < COUNT(parts); i++)
-		if (wanted(argc, argv, parts[i].name))
-			parts[i].make();
-	for (;;) {
-		for (size_t i = 0; i < COUNT(parts); i++)
-			if (wanted(argc, argv, parts[i].name))
-				parts[i].check();
-		tick();
-		doze(5 * MS);
-	}
+	make_parts(argc, argv, parts, COUNT(parts));
+	for (;; doze(5 * MS))
+		check_parts(argc, argv, parts, COUNT(parts));
 }
