@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -28,11 +29,11 @@ func fillRoot(c *container) {
 	c.must(os.Link(filepath.Join(data, "hard1"), filepath.Join(data, "hard2")))
 }
 
-// overlay mounts an empty upper directory over the root file system, as an engine
-// does for a new container.
-func (c *container) overlay(options string) {
+// overlay mounts an empty upper directory, made in dir, over the root file system,
+// as an engine does for a new container.
+func (c *container) overlay(dir, options string) {
 	c.t.Helper()
-	layers, err := os.MkdirTemp(c.dir, "layers-")
+	layers, err := os.MkdirTemp(dir, "layers-")
 	c.must(err)
 	for _, dir := range []string{"upper", "work"} {
 		c.must(os.Mkdir(filepath.Join(layers, dir), 0o755))
@@ -47,13 +48,13 @@ func (c *container) overlay(options string) {
 func TestRootfsDiffOverlay(t *testing.T) {
 	c := newContainer(t, withReport("rootfs"), rootRights, withNewPrivileges(), withArgs("/bin/rootfs", "rights", "move"))
 	fillRoot(c)
-	c.overlay(",redirect_dir=on,metacopy=on")
+	c.overlay(c.dir, ",redirect_dir=on,metacopy=on")
 	c.run().progress(10)
 	for generation := range 2 {
 		c.checkpoint("--rootfs-diff")
 		c.mustBeGone()
 		c.must(unix.Unmount(c.rootfs(), 0))
-		c.overlay([]string{"", ",redirect_dir=on"}[generation])
+		c.overlay(c.dir, []string{"", ",redirect_dir=on"}[generation])
 		c.restore()
 		c.progress(10)
 	}
@@ -61,6 +62,58 @@ func TestRootfsDiffOverlay(t *testing.T) {
 	c.progress(10)
 	if left, _ := filepath.Glob(filepath.Join(c.rootfs(), ".ocickpt*")); len(left) > 0 {
 		t.Errorf("left behind: %s", strings.Join(left, " "))
+	}
+}
+
+// sharing mounts a file system that can share blocks between files.
+func (c *container) sharing() string {
+	c.t.Helper()
+	disk, dir := filepath.Join(c.dir, "disk"), filepath.Join(c.dir, "sharing")
+	c.must(os.Mkdir(dir, 0o755))
+	c.must(run("truncate", "-s", "300M", disk)) // mkfs.xfs makes no smaller one
+	c.must(run("mkfs.xfs", "-q", disk))
+	c.must(run("mount", "-o", "loop", disk, dir))
+	c.t.Cleanup(func() { c.must(run("umount", "--lazy", dir)) }) // what a failed test has left may still be in use
+	return dir
+}
+
+// TestRootfsDiffHeld changes files while a container runs again, and its image is
+// yet to be finished: in it they are as they were at the stop.
+func TestRootfsDiffHeld(t *testing.T) {
+	const size = 16 << 20
+	c := newContainer(t, withReport("counts"), withArgs("/bin/sh", "-c", "n=0; while n=$((n+1)); do echo $n >>/out/counts; sleep 0.01; done"))
+	disk := c.sharing()
+	c.overlay(disk, "")
+	old := bytes.Repeat([]byte("as it was at the stop\n"), size/22)
+	big := filepath.Join(c.rootfs(), "out/big")
+	c.must(os.WriteFile(big, old, 0o644))
+	c.run().progress(10)
+	for _, again := range []bool{false, true} {
+		t.Setenv(envFault, "finish the image:stop")
+		cmd := c.foreground("checkpoint", "--rootfs-diff", "--leave-running", "--image-path", c.newImage(), c.id)
+		t.Setenv(envFault, "")
+		if !waitFor(func() bool { return processState(cmd.Process.Pid) == 'T' }) {
+			t.Fatal("the checkpoint does not come to the end of its image")
+		}
+		c.progress(10)
+		c.must(os.WriteFile(big, make([]byte, size+1), 0o644))
+		written, err := filepath.Glob(filepath.Join(c.image(), ".checkpoint.img.*"))
+		c.must(err)
+		if st, err := os.Stat(strings.Join(written, " ")); err != nil || st.Size() >= size {
+			t.Fatalf("the image is %v (%v): it was written while the container stood still", st, err)
+		}
+		c.must(cmd.Process.Signal(unix.SIGCONT))
+		if err := cmd.Wait(); err != nil {
+			t.Fatalf("checkpoint: %v\n%s", err, c.stderr())
+		}
+		c.destroy()
+		c.must(unix.Unmount(c.rootfs(), 0))
+		c.overlay(disk, "")
+		c.restore()
+		c.progress(10)
+		if got, err := os.ReadFile(big); err != nil || !bytes.Equal(got, old) {
+			t.Errorf("restored again=%v: %d bytes that are not those of the stop (%v)", again, len(got), err)
+		}
 	}
 }
 

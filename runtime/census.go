@@ -37,6 +37,7 @@ type census struct {
 	sharing sharing
 	found   found
 	memory  []*tmpfs.Tree
+	root    *tmpfs.Tree // among them: what has changed in the root file system, or nil
 	ipc     *sysv.Set
 	cgroups []image.SubCgroup // that the container has made
 	// networks are the network namespaces whose contents are saved.
@@ -135,10 +136,11 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if n.memory, err = c.scanTmpfs(); err != nil {
 		return err
 	}
-	if root, err := c.scanRoot(); err != nil {
+	if n.root, err = c.scanRoot(); err != nil {
 		return err
-	} else if root != nil {
-		n.memory = append(n.memory, root)
+	}
+	if n.root != nil {
+		n.memory = append(n.memory, n.root)
 	}
 	if err := n.scanIPC(c); err != nil {
 		return err

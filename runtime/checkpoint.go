@@ -152,7 +152,7 @@ func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
 	begin := time.Now()
 	k := &checkpoint{CheckpointOptions: o}
 	defer k.close()
-	err := travel(ctx, []phase{
+	phases := []phase{
 		{"prepare", k.prepare},
 		{"survey", k.survey},
 		{"stop", k.stop},
@@ -161,10 +161,14 @@ func Checkpoint(ctx context.Context, o CheckpointOptions) (*Report, error) {
 		{"write the head", k.writeHead},
 		{"write the contents", k.writeContents},
 		{"check for newcomers", k.checkNewcomers},
-		{"commit", k.commit},
-		{"release", k.release},
-	}, &k.report)
-	if err != nil {
+	}
+	finish, release := []phase{{"finish the image", k.finishImage}, {"commit", k.commit}}, []phase{{"release", k.release}}
+	if k.LeaveRunning { // what is yet to be written is held as it was
+		phases = slices.Concat(phases, release, finish)
+	} else {
+		phases = slices.Concat(phases, finish, release)
+	}
+	if err := travel(ctx, phases, &k.report); err != nil {
 		return nil, k.putBack(err)
 	}
 	if err := k.settleAfter(ctx); err != nil {
@@ -364,6 +368,9 @@ func (k *checkpoint) look() error {
 	if err != nil {
 		return err
 	}
+	if n.root != nil && k.LeaveRunning {
+		n.root.Flush()
+	}
 	size := n.files.Weight()
 	for _, t := range n.memory {
 		size += t.Used
@@ -537,7 +544,7 @@ func (k *checkpoint) writeObjects() error {
 	return nil
 }
 
-// writeContents writes section 6, and the trailer.
+// writeContents writes section 6, as far as it cannot be held for later.
 func (k *checkpoint) writeContents(ctx context.Context) error {
 	save := mm.NewSaver(k.w)
 	save.Progress = func(int) error {
@@ -550,6 +557,9 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 	if e := save.Close(); err == nil {
 		err = e
 	}
+	if t := k.census.root; t != nil && k.LeaveRunning {
+		t.Hold()
+	}
 	for _, t := range k.census.memory {
 		if err == nil {
 			err = t.Save(k.w, func() error { return save.Progress(0) })
@@ -561,11 +571,20 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 	if err == nil {
 		err = k.census.files.Contents(k.w, save.Progress)
 	}
-	if err == nil && !k.LeaveRunning {
-		err = k.lateSignals()
+	return err
+}
+
+// finishImage writes what is held, and the trailer.
+func (k *checkpoint) finishImage(ctx context.Context) error {
+	if t := k.census.root; t != nil {
+		if err := t.SaveHeld(k.w, ctx.Err); err != nil {
+			return err
+		}
 	}
-	if err != nil {
-		return err
+	if !k.LeaveRunning {
+		if err := k.lateSignals(); err != nil {
+			return err
+		}
 	}
 	return k.w.Close()
 }

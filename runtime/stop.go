@@ -68,6 +68,7 @@ func (k *checkpoint) letGo() error {
 	err := k.halt.Release(context.Background())
 	if err == nil {
 		err = k.guard.Strike(k.thaw)
+		k.thaw = 0
 	}
 	return err
 }

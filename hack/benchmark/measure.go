@@ -82,7 +82,7 @@ func measure(dir string, w workload, by tool) (s sample, err error) {
 // The phases in which an image is written and read. The others make or free what
 // has nothing to do with its size, or are the kernel's freeing of memory.
 var (
-	writing = []string{"write the head", "write the contents", "commit"}
+	writing = []string{"write the head", "write the contents", "finish the image", "commit"}
 	reading = []string{"read the head", "fill in contents"}
 )
 

@@ -50,6 +50,7 @@ type Tree struct {
 	buf     []byte
 	numbers map[ID]*inode // others
 	part    Selection
+	held    *os.File // contents of files that are held, nil if none are
 }
 
 // ID tells one inode from all others, and with the time of its last change from
@@ -94,6 +95,8 @@ type inode struct {
 	paths   []string
 	dirs    []*inode // of the names
 	passage bool
+	isHeld  bool
+	heldAt  int64 // where its bytes begin among those held
 }
 
 // Scan reads a file system, or part of it, from its root directory, which the
@@ -175,8 +178,13 @@ func (t *Tree) Partial() (paths []string) {
 // Mount notes that the container has made the mount with an id itself.
 func (t *Tree) Mount(id int32) { t.dirs[0].record.Mnt = id }
 
-// Close releases the root.
-func (t *Tree) Close() error { return t.root.Close() }
+// Close releases the root, and what is held.
+func (t *Tree) Close() error {
+	if t.held != nil {
+		_ = t.held.Close()
+	}
+	return t.root.Close()
+}
 
 // within opens a path of the tree; nothing on the way may lead out of it.
 func (t *Tree) within(path string, flags uint64) (*os.File, error) {
@@ -426,11 +434,15 @@ func (t *Tree) Objects() (out []*object.Object) {
 // chunk is how many bytes are read and written at a time.
 const chunk = 1 << 20
 
-// Save writes the bytes of every file, holes left out.
+// Save writes the bytes of every file that is not held, holes left out.
 func (t *Tree) Save(w *image.Writer, progress func() error) error {
+	return t.save(w, false, progress)
+}
+
+func (t *Tree) save(w *image.Writer, held bool, progress func() error) error {
 	var buf []byte
 	for _, n := range t.others {
-		if n.record.Size == 0 {
+		if n.record.Size == 0 || n.isHeld != held {
 			continue
 		}
 		if buf == nil {
@@ -444,13 +456,16 @@ func (t *Tree) Save(w *image.Writer, progress func() error) error {
 }
 
 func (t *Tree) saveFile(w *image.Writer, n *inode, buf []byte, progress func() error) error {
-	f, err := t.within(n.path, unix.O_RDONLY)
-	if err != nil {
-		return err
+	f, base := t.held, n.heldAt
+	if !n.isHeld {
+		var err error
+		if f, err = t.within(n.path, unix.O_RDONLY); err != nil {
+			return err
+		}
+		defer f.Close()
 	}
-	defer f.Close()
-	size := int64(n.record.Size)
-	for at := int64(0); at < size; {
+	last := base + int64(n.record.Size)
+	for at := base; at < last; {
 		start, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
 			return nil
@@ -462,12 +477,13 @@ func (t *Tree) saveFile(w *image.Writer, n *inode, buf []byte, progress func() e
 		if err != nil {
 			return err
 		}
+		end = min(end, last)
 		for at = start; at < end; {
 			b := buf[:min(int64(len(buf)), end-at)]
 			if _, err := f.ReadAt(b, at); err != nil {
 				return err
 			}
-			if err := errors.Join(w.Bytes(n.Ref, uint64(at), b), progress()); err != nil {
+			if err := errors.Join(w.Bytes(n.Ref, uint64(at-base), b), progress()); err != nil {
 				return err
 			}
 			at += int64(len(b))
