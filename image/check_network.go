@@ -88,6 +88,9 @@ func checkPackets(s *Socket) error {
 	if len(s.Groups) > maxGroups || len(s.Devices) > maxNetLinks {
 		return fmt.Errorf("socket with %d memberships of %d devices", len(s.Groups), len(s.Devices))
 	}
+	if s.Lost && s.Family != afNetlink {
+		return fmt.Errorf("a socket of family %d that has lost messages", s.Family)
+	}
 	for _, g := range s.Groups {
 		if len(g.Address) > maxSockaddr || len(g.Sources) > maxSources || !all(g.Sources, func(a []byte) bool { return len(a) <= maxSockaddr }) {
 			return fmt.Errorf("membership of %d sources", len(g.Sources))

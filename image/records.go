@@ -857,6 +857,7 @@ type Socket struct {
 	Devices   []SocketDevice `cbor:"42,keyasint,omitempty"` // names of the devices whose numbers stand in the fields and options of this socket
 	Datagrams []Datagram     `cbor:"43,keyasint,omitempty"` // that wait to be read, in order
 	Fanout    uint32         `cbor:"44,keyasint,omitempty"` // packet: PACKET_FANOUT
+	Lost      bool           `cbor:"45,keyasint,omitempty"` // netlink: messages were lost, of which ENOBUFS tells
 }
 
 // SocketGroup is a membership of a socket.

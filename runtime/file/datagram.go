@@ -35,9 +35,34 @@ func (m *Maker) sockets(like func(*image.Socket) bool) (out []*image.Socket) {
 	return out
 }
 
-// refillSockets puts datagrams back into sockets that wait for them.
+// refillSockets puts datagrams back into sockets that wait for them, and has those
+// of netlink tell of what they have lost.
 func (m *Maker) refillSockets() error {
-	list := m.sockets(func(s *image.Socket) bool { return len(s.Datagrams) > 0 })
+	var list []sock.Waiting
+	defer func() {
+		for _, w := range list {
+			_ = w.File.Close()
+		}
+	}()
+	for _, ref := range Refs(m.head) {
+		f := m.head.File(ref)
+		if f == nil || f.Socket == nil || len(f.Socket.Datagrams) == 0 && !f.Socket.Lost {
+			continue
+		}
+		own, err := m.stub.Take(m.fds[ref])
+		if err != nil {
+			return err
+		}
+		if !f.Socket.Lost {
+			list = append(list, sock.Waiting{File: own, Record: f.Socket})
+			continue
+		}
+		err = sock.Overrun(own)
+		_ = own.Close()
+		if err != nil {
+			m.Warn("a netlink socket cannot be made to tell that messages were lost (ENOBUFS)", "error", err)
+		}
+	}
 	if len(list) == 0 {
 		return nil
 	}

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -25,7 +27,7 @@ func isUDP(s *image.Socket) bool {
 
 // Queues reports whether a socket receives single packets.
 func Queues(s *image.Socket) bool {
-	return isUDP(s) || s.Family == unix.AF_PACKET || familyOf(s) == &ping || familyOf(s) == &raw
+	return isUDP(s) || s.Family == unix.AF_PACKET || s.Family == unix.AF_NETLINK || familyOf(s) == &ping || familyOf(s) == &raw
 }
 
 // ReadQueue records the datagrams that wait at a socket. It is called when nobody
@@ -35,6 +37,9 @@ func ReadQueue(fd int, s *image.Socket, warn func(format string, args ...any)) e
 	data, failed, err := waiting(fd)
 	if err != nil {
 		return err
+	}
+	if s.Family == unix.AF_NETLINK && (data || failed) {
+		return readLost(fd, s, warn)
 	}
 	if failed {
 		warn("errors that wait at a socket are left out (%s)", Name(s))
@@ -172,13 +177,18 @@ func readControl(control []byte, d *image.Datagram) (segment int, err error) {
 // each is a packet that never leaves the namespace, sent with its own source to an
 // address of the namespace. The kernel does not check the source of what comes
 // back by the loopback with its route (ip_rcv_finish in net/ipv4/ip_input.c).
-func Refill(netns string, sockets []*image.Socket, warn func(msg string, args ...any)) error {
+func Refill(netns string, sockets []Waiting, warn func(msg string, args ...any)) error {
 	return nsutil.Inside(netns, func() error {
 		r := &refiller{fds: map[int]int{}}
 		defer r.close()
-		for _, s := range sockets {
+		for i := range sockets {
+			w, s := &sockets[i], sockets[i].Record
 			for i := range s.Datagrams {
-				if err := r.send(s, &s.Datagrams[i]); err != nil {
+				err := r.send(s, &s.Datagrams[i])
+				if err == nil {
+					err = w.arrived()
+				}
+				if err != nil {
 					warn("datagrams that waited are lost", "socket", Name(s), "from", addressOf(s.Datagrams[i].From), "count", len(s.Datagrams)-i, "error", err)
 					break
 				}
@@ -186,6 +196,33 @@ func Refill(netns string, sockets []*image.Socket, warn func(msg string, args ..
 		}
 		return nil
 	})
+}
+
+// Waiting is a socket whose datagrams are put back.
+type Waiting struct {
+	File   *os.File
+	Record *image.Socket
+	queued uint32 // bytes of memory that its queue takes
+}
+
+// arrived makes sure that a datagram more is in the queue. Packet filters drop
+// without a word; over the loopback all others are there when they have been sent,
+// or as soon as the kernel has a moment.
+func (w *Waiting) arrived() error {
+	const patience = 20 * time.Millisecond
+	for begin := time.Now(); ; time.Sleep(100 * time.Microsecond) {
+		info, err := get(int(w.File.Fd()), unix.SOL_SOCKET, unix.SO_MEMINFO, make([]byte, 4)) // SK_MEMINFO_RMEM_ALLOC
+		if err != nil || len(info) < 4 {
+			return err
+		}
+		if now := binary.NativeEndian.Uint32(info); now > w.queued {
+			w.queued = now
+			return nil
+		}
+		if time.Since(begin) > patience {
+			return errors.New("it does not arrive: does a packet filter (nftables) drop it?")
+		}
+	}
 }
 
 // refiller has raw sockets, by family.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"unsafe"
 
@@ -27,8 +28,8 @@ const (
 	nlGroups         = 8
 )
 
-// netlink is netlink(7). Messages that wait could not be put back as the
-// kernel's: only it sends with port 0.
+// netlinkSockets are netlink(7). Messages that wait cannot be put back as the
+// kernel's, since only it sends with port 0: see Overrun.
 var netlinkSockets = family{
 	options: []option{
 		{unix.SOL_NETLINK, unix.NETLINK_PKTINFO, 4},
@@ -43,9 +44,6 @@ var netlinkSockets = family{
 	read: func(_ *Inside, fd int, _ uint64, s *image.Socket) error {
 		if !slices.Contains(netlinkProtocols, s.Protocol) {
 			return fail.Refuse("", fmt.Sprintf("netlink sockets of protocol %d are not supported", s.Protocol), "close it before the checkpoint")
-		}
-		if data, failed, err := waiting(fd); err != nil || data || failed {
-			return errors.Join(err, fail.Refuse("", "messages wait at a netlink socket; nobody but the kernel can send them again", "let the program read them"))
 		}
 		peer, err := peerAddress(fd)
 		if err != nil {
@@ -85,4 +83,78 @@ func readNetlinkGroups(fd int, s *image.Socket) error {
 		clear(s.Address[nlGroups:sockaddrNL])
 	}
 	return nil
+}
+
+// readLost notes that messages, or an error, wait at a netlink socket. Those of the
+// kernel are lost, which any program must reckon with: it is told by ENOBUFS.
+func readLost(fd int, s *image.Socket, warn func(format string, args ...any)) error {
+	if s.Protocol == unix.NETLINK_USERSOCK {
+		return fail.Refuse("", "messages of other programs wait at a netlink socket (NETLINK_USERSOCK), which are not supported", "let the program read them")
+	}
+	silent, err := number(fd, unix.SOL_NETLINK, netlinkNoENOBUFS)
+	if err != nil {
+		return err
+	}
+	s.Lost = silent == 0
+	if s.Lost {
+		warn("messages that wait at a netlink socket are left out; its program is told so by ENOBUFS (port %d)", netlinkPort(s))
+	} else {
+		warn("messages that wait at a netlink socket are left out; its program does not want to be told (port %d)", netlinkPort(s))
+	}
+	return nil
+}
+
+func netlinkPort(s *image.Socket) uint32 {
+	if len(s.Address) < sockaddrNL {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(s.Address[nlPid:])
+}
+
+// overlong is more than the kernel makes one piece of memory of (KMALLOC_MAX_SIZE,
+// 4 MiB), yet no more than it takes for a message.
+const overlong = 5 << 20
+
+// Overrun has a netlink socket tell ENOBUFS, once, and nothing else. A request that
+// the kernel refuses comes back within the refusal. If that is too long for a
+// message, the sender is told that an answer was lost (netlink_ack in
+// net/netlink/af_netlink.c): of all errors of a socket this is the only one that
+// comes without anything in its queue.
+func Overrun(f *os.File) error {
+	fd := int(f.Fd())
+	brief, err := number(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK) // refusals without the request
+	if err == nil && brief != 0 {
+		err = setInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 0)
+	}
+	if err != nil {
+		return err
+	}
+	request := make([]byte, overlong) // struct nlmsghdr, and zeros
+	ne := binary.NativeEndian
+	ne.PutUint32(request, overlong)
+	ne.PutUint16(request[4:], impossible(fd))
+	ne.PutUint16(request[6:], unix.NLM_F_REQUEST)
+	err = enlarge(fd, func() error {
+		return unix.Sendto(fd, request, unix.MSG_DONTWAIT, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	})
+	if brief != 0 {
+		err = errors.Join(err, setInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, brief))
+	}
+	if err != nil {
+		return err
+	}
+	if _, failed, err := waiting(fd); err != nil || !failed {
+		return errors.Join(err, errors.New("the kernel tells no error"))
+	}
+	return nil
+}
+
+// impossible is a type of message that nobody knows. That of netfilter names a
+// subsystem, for one that nobody knows the kernel would look for a module.
+func impossible(fd int) uint16 {
+	const nftables = 10 // NFNL_SUBSYS_NFTABLES
+	if protocol, err := number(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err == nil && protocol == unix.NETLINK_NETFILTER {
+		return nftables<<8 | 0xff
+	}
+	return 0xfff0
 }

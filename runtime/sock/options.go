@@ -26,6 +26,7 @@ const (
 	soRcvPriority = 82 // Linux 6.14
 	soPassRights  = 83 // Linux 6.16
 	soInq         = 84 // Linux 6.17
+	soTxRehash    = 74 // Linux 6.0
 )
 
 // generic are the options that sockets of every family have, or know nothing of.
@@ -60,6 +61,7 @@ var generic = []option{
 	{unix.SOL_SOCKET, unix.SO_ZEROCOPY, 4},
 	{unix.SOL_SOCKET, unix.SO_TXTIME, 8},
 	{unix.SOL_SOCKET, soReserveMem, 4},
+	{unix.SOL_SOCKET, unix.SO_INCOMING_CPU, 4},
 	{unix.SOL_SOCKET, unix.SO_RCVTIMEO, 16},
 	{unix.SOL_SOCKET, unix.SO_SNDTIMEO, 16},
 }
@@ -86,11 +88,25 @@ var odd = []option{
 	{unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, maxFilter},
 }
 
+// varying are options whose values may also be shorter.
+var varying = []option{
+	{unix.SOL_IP, unix.IP_OPTIONS, 40},
+	{unix.SOL_IPV6, unix.IPV6_HOPOPTS, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_RTHDRDSTOPTS, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_RTHDR, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_DSTOPTS, maxExtension},
+	{unix.SOL_TCP, unix.TCP_FASTOPEN_KEY, 32}, // with a second key
+}
+
+// maxExtension is the largest extension header of IPv6, whose length is a byte.
+const maxExtension = 256 * 8
+
 // unset are the values of a new socket that are not zero.
 var unset = map[option]int64{
 	{unix.SOL_SOCKET, unix.SO_RCVLOWAT, 4}:        1,
 	{unix.SOL_SOCKET, soPassRights, 4}:            1,
 	{unix.SOL_SOCKET, unix.SO_PEEK_OFF, 4}:        -1,
+	{unix.SOL_SOCKET, unix.SO_INCOMING_CPU, 4}:    -1,
 	{unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE, 8}: -1,
 }
 
@@ -286,6 +302,8 @@ func (o given) fits(known option) bool {
 		return false
 	}
 	switch n := len(o.Value); {
+	case slices.Contains(varying, known):
+		return n > 0 && n <= known.size
 	case o.Level != unix.SOL_SOCKET:
 	case o.Name == unix.SO_ATTACH_FILTER:
 		return n > 0 && n <= known.size && n%filterStep == 0

@@ -159,7 +159,9 @@ func TestUnsupported(t *testing.T) {
 	refused(t, corked, "UDP_CORK")
 	told := open(t, unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE)
 	must(t, unix.Sendto(fd(told), append([]byte{20, 0, 0, 0, 0xff, 0xff, unix.NLM_F_REQUEST, unix.NLM_F_ACK >> 8}, make([]byte, 12)...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
-	refused(t, told, "messages wait at a netlink socket")
+	if s, err := read(told); err != nil || !Queues(s) || readLost(fd(told), s, func(string, ...any) {}) != nil || !s.Lost {
+		t.Errorf("%v, %+v", err, s)
+	}
 	ring := open(t, unix.AF_PACKET, unix.SOCK_RAW, 0)
 	must(t, unix.SetsockoptTpacketReq(fd(ring), unix.SOL_PACKET, unix.PACKET_RX_RING, &unix.TpacketReq{Block_size: 4096, Block_nr: 1, Frame_size: 2048, Frame_nr: 2}))
 	refused(t, ring, "it has a ring")
@@ -197,6 +199,45 @@ func TestQueue(t *testing.T) {
 		if d := cmp.Diff(want, got); d != "" {
 			t.Error(d)
 		}
+	}
+}
+
+// TestOverrun has netlink sockets tell of lost messages, once and nothing else.
+func TestOverrun(t *testing.T) {
+	for _, protocol := range []int{unix.NETLINK_ROUTE, unix.NETLINK_SOCK_DIAG, unix.NETLINK_XFRM, unix.NETLINK_NETFILTER, unix.NETLINK_KOBJECT_UEVENT, unix.NETLINK_GENERIC} {
+		for _, brief := range []int{0, 1} {
+			f := open(t, unix.AF_NETLINK, unix.SOCK_RAW, protocol)
+			must(t, unix.SetsockoptInt(fd(f), unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, brief))
+			must(t, Overrun(f))
+			for _, want := range []error{unix.ENOBUFS, unix.EAGAIN} {
+				if _, _, err := unix.Recvfrom(fd(f), make([]byte, 64), unix.MSG_DONTWAIT); !errors.Is(err, want) {
+					t.Errorf("protocol %d: %v, not %v", protocol, err, want)
+				}
+			}
+			if n, err := number(fd(f), unix.SOL_NETLINK, unix.NETLINK_CAP_ACK); err != nil || n != brief {
+				t.Errorf("NETLINK_CAP_ACK %d, %v", n, err)
+			}
+		}
+	}
+}
+
+// TestRefillDropped puts datagrams back where one arrives and no more.
+func TestRefillDropped(t *testing.T) {
+	f := open(t, unix.AF_INET, unix.SOCK_DGRAM, 0)
+	must(t, unix.Bind(fd(f), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	s, err := read(f)
+	must(t, err)
+	s.Datagrams = []image.Datagram{{From: s.Address, Data: []byte("one")}, {From: s.Address}, {From: s.Address, Data: []byte("three")}}
+	lost := 0
+	refill := func() {
+		must(t, Refill("/proc/self/ns/net", []Waiting{{File: f, Record: s}}, func(string, ...any) { lost++ }))
+	}
+	if refill(); lost > 0 {
+		t.Error("datagrams are lost")
+	}
+	must(t, unix.SetsockoptSockFprog(fd(f), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET}})) // drop all
+	if refill(); lost != 1 {
+		t.Errorf("%d warnings of datagrams that were dropped", lost)
 	}
 }
 

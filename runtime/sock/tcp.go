@@ -3,6 +3,7 @@ package sock
 import (
 	"errors"
 	"fmt"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -59,6 +60,9 @@ var tcp = family{
 		{unix.SOL_TCP, unix.TCP_RTO_MAX_MS, 4},
 		{unix.SOL_TCP, unix.TCP_RTO_MIN_US, 4},
 		{unix.SOL_TCP, tcpDelackMaxUS, 4},
+		{unix.SOL_TCP, unix.TCP_FASTOPEN_KEY, 32},
+		{unix.SOL_SOCKET, soTxRehash, 4},
+		{unix.SOL_IP, unix.IP_OPTIONS, 40},
 	}, ipOptions...),
 	fresh:   true,
 	read:    readTCP,
@@ -68,7 +72,7 @@ var tcp = family{
 
 // before are options that mean something before there is a connection only, and of
 // one that there is tell what has become of them.
-var before = []int{unix.TCP_MAXSEG, unix.TCP_WINDOW_CLAMP, unix.TCP_QUICKACK, unix.TCP_FASTOPEN, unix.TCP_FASTOPEN_CONNECT, unix.TCP_SAVE_SYN}
+var before = []int{unix.TCP_MAXSEG, unix.TCP_WINDOW_CLAMP, unix.TCP_QUICKACK, unix.TCP_FASTOPEN, unix.TCP_FASTOPEN_CONNECT, unix.TCP_FASTOPEN_KEY, unix.TCP_SAVE_SYN}
 
 func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if err := plainTCP(in, fd, inode, s); err != nil {
@@ -93,7 +97,19 @@ func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if info.State == tcpClose {
 		return nil // it has ended, and its peer is forgotten
 	}
+	in.warnOfSavedSYN(fd, s)
 	return in.readPeer(fd, inode, s)
+}
+
+// warnOfSavedSYN tells of a SYN that the listener has kept for who accepted the
+// connection (TCP_SAVE_SYN). To read it would take it away, and nobody can put it
+// back; without room for it the kernel says only how long it is.
+func (in *Inside) warnOfSavedSYN(fd int, s *image.Socket) {
+	var n uint32
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_TCP, unix.TCP_SAVED_SYN, uintptr(unsafe.Pointer(&n)), uintptr(unsafe.Pointer(&n)), 0)
+	if errno == unix.EINVAL && n > 0 {
+		in.Warn("the SYN that was saved of a connection to %s (TCP_SAVED_SYN) is left out", describeRaw(s.Address))
+	}
 }
 
 // CheckInFlight looks once more whether connections wait to be accepted.

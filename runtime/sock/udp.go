@@ -42,6 +42,7 @@ var packetOptions = slices.Concat(ipOptions, []option{
 	{unix.SOL_IP, ipRecvFragSize, 4},
 	{unix.SOL_IP, ipRecvErr4884, 4},
 	{unix.SOL_IP, unix.IP_UNICAST_IF, 4},
+	{unix.SOL_IP, unix.IP_OPTIONS, 40},
 	{unix.SOL_IP, unix.IP_MULTICAST_TTL, 4},
 	{unix.SOL_IP, unix.IP_MULTICAST_LOOP, 4},
 	{unix.SOL_IP, ipMulticastAll, 4},
@@ -61,6 +62,10 @@ var packetOptions = slices.Concat(ipOptions, []option{
 	{unix.SOL_IPV6, unix.IPV6_MULTICAST_HOPS, 4},
 	{unix.SOL_IPV6, unix.IPV6_MULTICAST_LOOP, 4},
 	{unix.SOL_IPV6, ipv6MulticastAll, 4},
+	{unix.SOL_IPV6, unix.IPV6_HOPOPTS, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_RTHDRDSTOPTS, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_RTHDR, maxExtension},
+	{unix.SOL_IPV6, unix.IPV6_DSTOPTS, maxExtension},
 })
 
 // udp is UDP and UDP-Lite over IPv4 and IPv6 (udp(7), udplite(7)).

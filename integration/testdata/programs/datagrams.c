@@ -17,12 +17,16 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <netinet/tcp.h>
 #include <netinet/udp.h>
 #include <unistd.h>
 
 #define CHECK(ok) do { if (!(ok)) die(__LINE__, #ok); } while (0)
 #define UDPLITE 136
 #define ICMP_FILTER 1
+#ifndef SO_TXREHASH
+#define SO_TXREHASH 74
+#endif
 
 static FILE *report;
 
@@ -168,6 +172,29 @@ static void ping(int s)
 	CHECK(back.type == ICMP_ECHOREPLY && back.un.echo.sequence == htons(7));
 }
 
+// A netlink socket at which a refusal of the kernel's always waits. Of its loss it
+// must tell, once.
+static void ask_nonsense(int s)
+{
+	struct nlmsghdr h = {sizeof h, 0xffff, NLM_F_REQUEST | NLM_F_ACK, 7, 0};
+	CHECK(send(s, &h, sizeof h, 0) == sizeof h);
+}
+
+static void hear_refusal(int s)
+{
+	char data[256];
+	ssize_t n = recv(s, data, sizeof data, 0);
+	CHECK(n > 0 ? ((struct nlmsghdr *)data)->nlmsg_type == NLMSG_ERROR && ((struct nlmsghdr *)data)->nlmsg_seq == 7 : errno == ENOBUFS);
+	CHECK(recv(s, data, sizeof data, 0) == -1 && errno == EAGAIN);
+}
+
+static int same(int s, int level, int name, const void *want, socklen_t size)
+{
+	char now[64];
+	socklen_t n = sizeof now;
+	return getsockopt(s, level, name, now, &n) == 0 && n == size && !memcmp(now, want, size);
+}
+
 int main(int argc, char **argv)
 {
 	(void)argc;
@@ -234,6 +261,23 @@ int main(int argc, char **argv)
 	set(events, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NSID);
 	set(events, SOL_NETLINK, NETLINK_EXT_ACK, 1);
 
+	int asked[] = {NETLINK_ROUTE, NETLINK_SOCK_DIAG, NETLINK_GENERIC, NETLINK_XFRM}, lossy[4];
+	for (int i = 0; i < 4; i++) {
+		lossy[i] = socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK, asked[i]);
+		CHECK(lossy[i] >= 0);
+		set(lossy[i], SOL_NETLINK, NETLINK_CAP_ACK, i % 2);
+		ask_nonsense(lossy[i]);
+	}
+
+	int tcp = open_at(SOCK_STREAM, 0, ip("127.0.0.1", 5301)), optional = open_at(SOCK_DGRAM, 0, ip("127.0.0.1", 5302)), optional6 = open_at(SOCK_DGRAM, 0, ip("::1", 5303));
+	char hop[8] = {0, 0, 1, 4}; // one padding option
+	CHECK(setsockopt(tcp, IPPROTO_TCP, TCP_FASTOPEN_KEY, "the key of 16 B.", 16) == 0);
+	set(tcp, IPPROTO_TCP, TCP_FASTOPEN, 5), set(tcp, SOL_SOCKET, SO_INCOMING_CPU, 0), set(tcp, SOL_SOCKET, SO_TXREHASH, 0);
+	set(optional, SOL_SOCKET, SO_INCOMING_CPU, 1);
+	CHECK(listen(tcp, 5) == 0);
+	CHECK(setsockopt(optional, IPPROTO_IP, IP_OPTIONS, "\1\1\1\1", 4) == 0);
+	CHECK(setsockopt(optional6, IPPROTO_IPV6, IPV6_HOPOPTS, hop, sizeof hop) == 0);
+
 	for (int i = 0; i < nqueues; i++)
 		fill(&queues[i]);
 	CHECK(send(a, "to b", 4, 0) == 4);
@@ -290,6 +334,12 @@ int main(int argc, char **argv)
 		struct { struct nlmsghdr h; struct ifinfomsg i; } ask = {{sizeof ask, RTM_GETLINK, NLM_F_REQUEST, round, 0}, {.ifi_index = 1}};
 		char reply[8192];
 		CHECK(send(asks, &ask, sizeof ask, 0) == sizeof ask && recv(asks, reply, sizeof reply, 0) > 0 && ((struct nlmsghdr *)reply)->nlmsg_seq == round);
+		for (int i = 0; i < 4; i++) {
+			CHECK(value(lossy[i], SOL_NETLINK, NETLINK_CAP_ACK) == i % 2);
+			hear_refusal(lossy[i]), ask_nonsense(lossy[i]);
+		}
+		CHECK(same(tcp, IPPROTO_TCP, TCP_FASTOPEN_KEY, "the key of 16 B.", 16) && value(tcp, SOL_SOCKET, SO_INCOMING_CPU) == 0 && value(tcp, SOL_SOCKET, SO_TXREHASH) == 0);
+		CHECK(same(optional, IPPROTO_IP, IP_OPTIONS, "\1\1\1\1", 4) && same(optional6, IPPROTO_IPV6, IPV6_HOPOPTS, hop, sizeof hop) && value(optional, SOL_SOCKET, SO_INCOMING_CPU) == 1);
 		fprintf(report, "%ld\n", round);
 		fflush(report);
 		usleep(10000);
