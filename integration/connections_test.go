@@ -196,15 +196,24 @@ type peer struct {
 	done   chan struct{}
 }
 
-// dial connects from the outside, and says what it wants.
+// dial connects to the test program from the outside, and says what it wants.
 func (n *network) dial(t testing.TB, address, what string) *peer {
+	t.Helper()
+	p := n.dialPort(t, address, "7000")
+	if _, err := p.Write([]byte(what)); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// dialPort connects from the outside.
+func (n *network) dialPort(t testing.TB, address, port string) *peer {
 	t.Helper()
 	p := &peer{done: make(chan struct{})}
 	err := nsutil.Inside(n.outside, func() error {
-		c, err := net.Dial("tcp", net.JoinHostPort(address, "7000"))
+		c, err := net.Dial("tcp", net.JoinHostPort(address, port))
 		if err == nil {
 			p.TCPConn = c.(*net.TCPConn)
-			_, err = c.Write([]byte(what))
 		}
 		return err
 	})
@@ -278,12 +287,18 @@ func (p *peer) flows(t testing.TB) {
 // echoes asserts that a line comes back.
 func (p *peer) echoes(t testing.TB, line string) {
 	t.Helper()
+	p.asks(t, line, line)
+}
+
+// asks asserts what is answered.
+func (p *peer) asks(t testing.TB, line, answer string) {
+	t.Helper()
 	p.SetDeadline(time.Now().Add(patience))
-	got := make([]byte, len(line))
+	got := make([]byte, len(answer))
 	if _, err := p.Write([]byte(line)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.ReadFull(p, got); err != nil || string(got) != line {
+	if _, err := io.ReadFull(p, got); err != nil || string(got) != answer {
 		t.Fatalf("%q came back for %q: %v", got, line, err)
 	}
 }

@@ -3,6 +3,7 @@ package sock
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"slices"
@@ -435,6 +436,7 @@ type Remade struct {
 	File   *os.File
 	Record *image.Socket
 	filled uint32
+	narrow func() error // gives its buffers their sizes again
 }
 
 // Bind adds the calls that bind the socket, with the rights that a program needs for
@@ -492,7 +494,12 @@ func (r *Remade) setBuffers(limits Buffers) error {
 			return err
 		}
 	}
-	err := unix.SetsockoptInt(r.fd(), unix.SOL_SOCKET, soBufLock, 0)
+	return r.lockBuffers(0)
+}
+
+// lockBuffers says which sizes the kernel leaves alone, if it can be told.
+func (r *Remade) lockBuffers(which int) error {
+	err := unix.SetsockoptInt(r.fd(), unix.SOL_SOCKET, soBufLock, which)
 	if errors.Is(err, unix.ENOPROTOOPT) { // before Linux 5.15
 		return nil
 	}
@@ -574,6 +581,11 @@ const chunk = 32 << 10
 // goes in as any program sends it; it is held back on its way (Hold).
 func (r *Remade) Fill(data []byte) error {
 	t := r.Record.TCP
+	if r.narrow == nil {
+		if err := r.widen(); err != nil {
+			return err
+		}
+	}
 	acked := t.Receive.Bytes + t.Send.Bytes - t.Unsent // the first that was never sent
 	for len(data) > 0 {
 		n := uint32(min(len(data), chunk))
@@ -594,6 +606,35 @@ func (r *Remade) Fill(data []byte) error {
 		data = data[sent:]
 	}
 	return nil
+}
+
+// widen gives the buffers room to fill them: the same bytes may take more than they
+// did, those of sendfile(2) for instance took none beside the file's pages, and another
+// host may give less. Their memory is the container's.
+func (r *Remade) widen() error {
+	t := r.Record.TCP
+	locked, err := number(r.fd(), unix.SOL_SOCKET, soBufLock)
+	if err != nil {
+		locked = 0 // cannot be set either
+	}
+	var sizes [2]int
+	set := func(by func(i int) int) error {
+		for i, option := range []int{unix.SO_SNDBUFFORCE, unix.SO_RCVBUFFORCE} {
+			// The kernel doubles what it is given.
+			if err := setInt(r.fd(), unix.SOL_SOCKET, option, min(sizes[i]+by(i), math.MaxInt32)/2); err != nil {
+				return err
+			}
+		}
+		return r.lockBuffers(locked)
+	}
+	for i, name := range []int{unix.SO_SNDBUF, unix.SO_RCVBUF} {
+		if sizes[i], err = number(r.fd(), unix.SOL_SOCKET, name); err != nil {
+			return err
+		}
+	}
+	r.narrow = func() error { return set(func(int) int { return 0 }) }
+	queued := []uint32{t.Send.Bytes, t.Receive.Bytes}
+	return set(func(i int) int { return 2 * int(queued[i]) })
 }
 
 func (r *Remade) put(queue int, data []byte) (int, error) {
@@ -642,6 +683,9 @@ func (r *Remade) Shut(inject func(*Segment) error) error {
 	}[t.State]
 	if t.State != tcpClose && t.State != tcpSynSent {
 		steps = append(steps, r.setWindow)
+	}
+	if r.narrow != nil {
+		steps = append(steps, r.narrow)
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
