@@ -397,7 +397,7 @@ func (m *Maker) reconfigure(r *image.Mount, fd int, options []option) error {
 // filled through a clone, which stays writable.
 func (m *Maker) create(r *image.Mount) error {
 	attr, err := attributesOf(r.Options)
-	if err == nil && !fresh[r.FSType] {
+	if err == nil && !fresh[r.FSType] && !ofKernel[r.FSType] {
 		err = fail.Refuse("", "a file system of type "+r.FSType+" is not made for an image", "")
 	}
 	var options []option
@@ -408,7 +408,7 @@ func (m *Maker) create(r *image.Mount) error {
 		return fail.On("mount "+r.Point, err)
 	}
 	options = append([]option{{"source", r.Source}}, options...)
-	if r.FSType != "tmpfs" && readOnly(r.Super) {
+	if r.FSType != "tmpfs" && !ofKernel[r.FSType] && readOnly(r.Super) {
 		options = append(options, option{"ro", ""})
 	}
 	fs, err := m.one(r, func(b *tracee.Batch) {

@@ -76,11 +76,24 @@ type option struct{ key, value string }
 // fresh are the types of file systems that are mounted anew.
 var fresh = map[string]bool{
 	"tmpfs": true, "proc": true, "sysfs": true, "mqueue": true, "devpts": true, "cgroup": true, "cgroup2": true, "overlay": true,
+	"hugetlbfs": true, // an empty one
 }
 
-// perNamespace are those of which all mounts in one namespace are the same file
-// system: a new mount of it and a part of another differ in their source only.
-var perNamespace = map[string]bool{"sysfs": true, "mqueue": true, "cgroup": true, "cgroup2": true}
+// ofKernel are those through which the kernel shows what is its own: one for all
+// who mount it, with options that are no one container's to set.
+var ofKernel = map[string]bool{
+	"fusectl": true, "debugfs": true, "tracefs": true, "securityfs": true, "configfs": true, "pstore": true, "efivarfs": true, "binfmt_misc": true,
+}
+
+// perNamespace reports a type of which all mounts in one namespace are the same
+// file system: a new mount of it and a part of another differ in their source only.
+func perNamespace(fsType string) bool {
+	switch fsType {
+	case "sysfs", "mqueue", "cgroup", "cgroup2":
+		return true
+	}
+	return ofKernel[fsType]
+}
 
 // maxOption is how long an option may be (vfs_fsconfig_locked in fs/fsopen.c).
 const maxOption = 255
@@ -89,6 +102,9 @@ const maxOption = 255
 // numbers them. What /proc shows of overlays cannot be told apart once it had to
 // be escaped.
 func optionsOf(m *image.Mount, ids task.IDMaps) (out []option, err error) {
+	if ofKernel[m.FSType] {
+		return nil, nil
+	}
 	for o := range strings.SplitSeq(m.Super, ",") {
 		key, value, _ := strings.Cut(o, "=")
 		var n uint32

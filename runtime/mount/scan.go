@@ -260,7 +260,7 @@ func (s *Set) source(i int, may func(*image.Mount) bool) (found *image.Mount) {
 		if o.Major != m.Major || o.Minor != m.Minor || !within(m.Root, o.Root) || !may(&s.Mounts[j]) {
 			continue
 		}
-		if perNamespace[m.FSType] && o.Source != m.Source {
+		if perNamespace(m.FSType) && o.Source != m.Source {
 			continue
 		}
 		if found == nil || len(o.Root) > len(found.Root) {
@@ -291,7 +291,7 @@ func (s *Set) check(m *image.Mount) error {
 	if err := s.checkGroups(m); err != nil || m.Own == image.MountBind {
 		return err
 	}
-	if !fresh[m.FSType] {
+	if !fresh[m.FSType] && !ofKernel[m.FSType] {
 		return fail.Refuse("", "a file system of type "+m.FSType+" that the container has mounted itself is not supported", "unmount it before the checkpoint")
 	}
 	options, err := optionsOf(m, s.Maps)
@@ -305,6 +305,8 @@ func (s *Set) check(m *image.Mount) error {
 		return s.checkDevpts(m)
 	case "overlay":
 		return checkOverlay(options)
+	case "hugetlbfs":
+		return s.checkEmpty(m)
 	}
 	return nil
 }
@@ -377,6 +379,15 @@ func (s *Set) checkDevpts(m *image.Mount) error {
 	names, err := s.list(m)
 	if i := slices.IndexFunc(names, func(name string) bool { return name != "ptmx" }); i >= 0 {
 		return fail.Refuse("", "there is the terminal "+names[i]+" in it; terminals outside of the bundle's /dev/pts are not supported", "close it before the checkpoint")
+	}
+	return err
+}
+
+// checkEmpty refuses a file system whose files nobody can save.
+func (s *Set) checkEmpty(m *image.Mount) error {
+	names, err := s.list(m)
+	if len(names) > 0 {
+		return fail.Refuse("", "there is "+names[0]+" in it; files of a "+m.FSType+" are not supported", "remove it before the checkpoint")
 	}
 	return err
 }

@@ -246,8 +246,25 @@ static void check_stack(void)
 	need(access(M "s/file", F_OK) == -1);
 }
 
+/* What systemd mounts, where the kernel has it. */
+static void make_kernels(void)
+{
+	static const char *types[] = { "fusectl", "debugfs", "tracefs", "securityfs", "configfs", "binfmt_misc", "hugetlbfs" };
+	char known[4096], line[32], at[64];
+
+	slurp("/proc/filesystems", known, sizeof(known));
+	for (size_t i = 0; i < COUNT(types); i++) {
+		snprintf(line, sizeof(line), "\t%s\n", types[i]);
+		snprintf(at, sizeof(at), M "%s", types[i]);
+		if (strstr(known, line))
+			fresh("kernel", at, types[i], MS_NOSUID | MS_NODEV, NULL);
+	}
+}
+
 static void make(int mapped_ids)
 {
+	if (!mapped_ids)
+		make_kernels();
 	fresh("own", M "t", "tmpfs", MS_NOSUID, "size=1m,mode=711");
 	dir(M "t/src");
 	dir(M "t/lower");
