@@ -79,7 +79,7 @@ func (b *builder) checkFile(f *File) error {
 	if o := f.Owner; o != nil && (o.Type < 0 || o.Type > 2 || o.ID < 0 || o.Signal < 0 || o.Signal > 64) {
 		return fmt.Errorf("owner %d of type %d with signal %d", o.ID, o.Type, o.Signal)
 	}
-	if err := first(b.checkRemoved(f), f.checkAbout()); err != nil {
+	if err := first(b.checkRemoved(f), b.checkAbout(f)); err != nil {
 		return err
 	}
 	switch want {
@@ -105,7 +105,7 @@ func (b *builder) checkFile(f *File) error {
 
 // checkAbout checks what a descriptor is about: a task of the tree or one that is
 // gone, a namespace of a task.
-func (f *File) checkAbout() error {
+func (b *builder) checkAbout(f *File) error {
 	g := f.Gone
 	switch {
 	case f.Thread < 0 || f.Thread != 0 && (f.Pid <= 0 || f.Kind != KindPidfd && f.Kind != KindProc):
@@ -121,6 +121,9 @@ func (f *File) checkAbout() error {
 		}
 	case f.Kind == KindNamespace:
 		link := f.NamespaceLink()
+		if b.NamespaceOf(f) != 0 {
+			break
+		}
 		if f.Pid <= 0 || f.Path != fmt.Sprintf("/proc/%d/ns/%s", f.Pid, link) || !slices.Contains(namespaceTypes, strings.TrimSuffix(link, "_for_children")) {
 			return fmt.Errorf("%s is no namespace of task %d", quote(f.Path), f.Pid)
 		}

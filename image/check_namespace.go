@@ -136,26 +136,14 @@ func checkUserNamespace(u *UserNamespace) error {
 
 // process checks the namespaces that a process is in, and its ids there.
 func (n *nesting) process(p *Process) error {
-	space := Ref(0)
-	seen := map[string]bool{}
-	for _, ref := range p.Namespaces {
-		kind, nested := n.types[ref], n.nested(ref)
-		if !nested || seen[kind] {
-			return fmt.Errorf("reference %d names no nested namespace, or one of a type that it is in already", ref)
-		}
-		seen[kind] = true
-		if kind == "pid" {
-			space = ref
-		}
+	in, err := n.place(p.Namespaces, p.Children)
+	if err == nil {
+		err = n.apart(p, in)
 	}
-	clear(seen)
-	for _, ref := range p.Children {
-		kind := n.types[ref]
-		if kind != "pid" && kind != "time" || seen[kind] {
-			return fmt.Errorf("reference %d names no namespace that children can begin in", ref)
-		}
-		seen[kind] = true
+	if err != nil {
+		return err
 	}
+	space := in["pid"]
 	if (space != 0) != (p.Inner != nil) {
 		return errors.New("its ids in nested pid namespaces do not fit these")
 	}
@@ -166,6 +154,47 @@ func (n *nesting) process(p *Process) error {
 		return fmt.Errorf("its pid namespace %d is dead", space)
 	}
 	return n.ids(p, space)
+}
+
+// place checks where a process or thread is, and returns that by type.
+func (n *nesting) place(in, children []Ref) (map[string]Ref, error) {
+	at := map[string]Ref{}
+	for _, ref := range in {
+		kind := n.types[ref]
+		if !n.nested(ref) || at[kind] != 0 {
+			return nil, fmt.Errorf("reference %d names no nested namespace, or one of a type that it is in already", ref)
+		}
+		at[kind] = ref
+	}
+	seen := map[string]bool{}
+	for _, ref := range children {
+		kind := n.types[ref]
+		if !n.nested(ref) || kind != "pid" && kind != "time" || seen[kind] {
+			return nil, fmt.Errorf("reference %d names no namespace that children can begin in", ref)
+		}
+		seen[kind] = true
+	}
+	return at, nil
+}
+
+// apart checks threads that are elsewhere than their process, which is in one pid,
+// user and time namespace.
+func (n *nesting) apart(p *Process, in map[string]Ref) error {
+	seen := map[int32]bool{}
+	for i := range p.Apart {
+		a := &p.Apart[i]
+		at, err := n.place(a.Namespaces, a.Children)
+		switch {
+		case err != nil:
+			return fmt.Errorf("thread %d: %w", a.Tid, err)
+		case !slices.Contains(p.Threads, a.Tid) || seen[a.Tid]:
+			return fmt.Errorf("it has no thread %d, or two of them", a.Tid)
+		case at["pid"] != in["pid"] || at["user"] != in["user"] || at["time"] != in["time"]:
+			return fmt.Errorf("thread %d is in another pid, user or time namespace", a.Tid)
+		}
+		seen[a.Tid] = true
+	}
+	return nil
 }
 
 func (n *nesting) nested(ref Ref) bool { _, ok := n.living[ref]; return ok }

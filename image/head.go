@@ -92,6 +92,32 @@ func (h *Head) UserOf(pid int32) *NestedNamespace {
 	return nil
 }
 
+// NamespaceOf returns the namespace that tasks have made which a descriptor of one
+// leads to, as far as its process or a thread of that is in it, else 0.
+func (h *Head) NamespaceOf(f *File) Ref {
+	p, kind := h.Process(f.Pid), f.NamespaceLink()
+	if p == nil || f.Kind != KindNamespace {
+		return 0
+	}
+	of := func(in []Ref) Ref {
+		for _, ref := range in {
+			if n := h.Nested(ref); n != nil && n.Type == kind {
+				return ref
+			}
+		}
+		return 0
+	}
+	if f.Path == fmt.Sprintf("/proc/%d/ns/%s", p.Pid, kind) {
+		return of(p.Namespaces)
+	}
+	for i := range p.Apart {
+		if a := &p.Apart[i]; f.Path == ThreadNamespacePath(p.Pid, a.Tid, kind) {
+			return of(a.Namespaces)
+		}
+	}
+	return 0
+}
+
 // builder checks the records of a stream one by one and assembles the head
 // from them. Writer and Reader each own one, so that both hold a stream to the
 // same rules.

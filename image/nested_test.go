@@ -25,6 +25,7 @@ func nestedSample() (Container, Tree) {
 			{Ref: 7, Type: "mnt", Owner: 3, Changes: []MountChange{
 				{Op: MountPropagation, Point: "/", Flags: 0x44000}, {Op: MountBind, Point: "/b", From: "/a"}, {Op: MountProc, Point: "/proc", Space: 5},
 			}},
+			{Ref: 8, Type: "pid", Owner: 1, Parent: 2},
 		},
 	}
 	t.Processes[1].Namespaces, t.Processes[1].Children = []Ref{3, 4}, []Ref{5}
@@ -57,7 +58,13 @@ func TestNested(t *testing.T) {
 
 func TestBadNesting(t *testing.T) {
 	for want, damage := range map[string]func(tree *Tree){
-		"does not ascend":                    func(tree *Tree) { tree.Namespaces[0].Ref = 2 },
+		"does not ascend":             func(tree *Tree) { tree.Namespaces[0].Ref = 2 },
+		"thread 2: reference 2 names": func(tree *Tree) { tree.Processes[0].Apart[0].Children[0] = 2 },
+		"no thread 7, or two":         func(tree *Tree) { tree.Processes[0].Apart[0].Tid = 7 },
+		"or two of them": func(tree *Tree) {
+			tree.Processes[0].Apart = append(tree.Processes[0].Apart, tree.Processes[0].Apart[0])
+		},
+		"thread 2 is in another pid":         func(tree *Tree) { tree.Processes[0].Apart[0].Namespaces = []Ref{8} },
 		"reference 5 of a nested":            func(tree *Tree) { tree.Namespaces[3].Ref = 5 },
 		"no type of namespace":               func(tree *Tree) { tree.Namespaces[1].Type = "dream" },
 		"owner 9 is no user namespace":       func(tree *Tree) { tree.Namespaces[1].Owner = 9 },
@@ -91,6 +98,7 @@ func TestBadNesting(t *testing.T) {
 		"mount of pid namespace 2":           func(tree *Tree) { tree.Namespaces[4].Changes[2].Space = 2 },
 		"mount of pid namespace 5":           func(tree *Tree) { tree.Namespaces[4].Changes[1].Space = 5 },
 		"it is 33 deep": func(tree *Tree) {
+			tree.Namespaces = tree.Namespaces[:5]
 			tree.Namespaces[4] = NestedNamespace{Ref: 7, Type: "pid", Owner: 3, Parent: 6}
 			for i := range 33 {
 				tree.Namespaces = append(tree.Namespaces, NestedNamespace{Ref: Ref(8 + i), Type: "pid", Owner: 3, Parent: Ref(7 + i)})
@@ -99,6 +107,8 @@ func TestBadNesting(t *testing.T) {
 	} {
 		t.Run(want, func(t *testing.T) {
 			c, tree := nestedSample()
+			first := &tree.Processes[0]
+			first.Zombie, first.Threads, first.Apart = false, []int32{1, 2}, []ApartThread{{Tid: 2, Children: []Ref{8}}}
 			damage(&tree)
 			refused(t, nestedImage(t, c, tree), want)
 		})

@@ -1,6 +1,9 @@
 package image
 
-import "path"
+import (
+	"fmt"
+	"path"
+)
 
 // The schema: every record that can stand in a stream, in one place, as
 // linux-cr kept it in one header. Payloads are CBOR maps with integer keys;
@@ -346,6 +349,25 @@ type Process struct {
 	Children []Ref `cbor:"11,keyasint,omitempty"`
 	// Inner, of a process in a nested pid namespace, are the ids there.
 	Inner *InnerIDs `cbor:"12,keyasint,omitempty"`
+	// Apart are the threads that are in other namespaces than their process.
+	Apart []ApartThread `cbor:"13,keyasint,omitempty"`
+}
+
+// ApartThread says in which namespaces a thread is, as Process does.
+type ApartThread struct {
+	Tid        int32 `cbor:"1,keyasint"`
+	Namespaces []Ref `cbor:"2,keyasint,omitempty"`
+	Children   []Ref `cbor:"3,keyasint,omitempty"`
+}
+
+// ThreadApart is where a thread is that is elsewhere than its process, else nil.
+func (p *Process) ThreadApart(tid int32) *ApartThread {
+	for i := range p.Apart {
+		if p.Apart[i].Tid == tid {
+			return &p.Apart[i]
+		}
+	}
+	return nil
 }
 
 // InnerIDs are ids in each pid namespace below the container's, outermost first.
@@ -661,6 +683,12 @@ type Gone struct {
 
 // NamespaceLink is the name below /proc/PID/ns of an open namespace.
 func (f *File) NamespaceLink() string { return path.Base(f.Path) }
+
+// ThreadNamespacePath is the path of an open namespace that a thread is in and its
+// process is not.
+func ThreadNamespacePath(pid, tid int32, kind string) string {
+	return fmt.Sprintf("/proc/%d/task/%d/ns/%s", pid, tid, kind)
+}
 
 // Owner is who gets signals about an open file (fcntl(2), F_SETOWN_EX).
 type Owner struct {

@@ -341,6 +341,17 @@ func nestedTexts(h *Head, p *Process) (list []string) {
 	for _, ref := range p.Children {
 		list = append(list, fmt.Sprintf("children in %s #%d", h.Nested(ref).Type, ref))
 	}
+	for i := range p.Apart {
+		a := &p.Apart[i]
+		at := fmt.Sprintf("thread %d in", a.Tid)
+		for _, ref := range a.Namespaces {
+			at += fmt.Sprintf(" %s #%d", h.Nested(ref).Type, ref)
+		}
+		for _, ref := range a.Children {
+			at += fmt.Sprintf(" children in %s #%d", h.Nested(ref).Type, ref)
+		}
+		list = append(list, at)
+	}
 	return list
 }
 

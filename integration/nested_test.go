@@ -35,6 +35,10 @@ var nested = []struct {
 	{name: "mnt pid", script: "({PMr(d)})(pm(r()))", options: nil},
 	{name: "user mnt pid", script: "(upm(r(())))({UPMrfb()})", options: append([]option{unmasked}, nobody...)},
 	{name: "threads", script: "(up(k(kk)))(uk(k)){UP(k)kk}", options: nobody},
+	{name: "apart", script: "[h][nlo][i][c][nchl]()([n(n)(())][])"},
+	{name: "apart leader", script: "([]h[n]nol[][h])[][m](m[])([]m[d])(m[f])", options: []option{withCapabilities("CAP_DAC_OVERRIDE")}},
+	{name: "apart children", script: "([p(()(h))][p][p(x)][])([]p(()))[t][]"},
+	{name: "apart user", script: "(u[h][n])(u[]h[nl])(u[][p(())]n[])", options: nobody},
 	{name: "joined", script: "({PHINC}j())"},
 }
 

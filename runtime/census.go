@@ -157,7 +157,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
 	})
-	n.files.Views, n.files.Place = n.nested.Views, n.viewOf
+	n.files.Views, n.files.Place, n.files.Apart = n.nested.Views, n.viewOf, n.nested.Apart
 	if err := n.scanQueues(c); err != nil {
 		return err
 	}
@@ -377,7 +377,7 @@ func (n *census) admit(c *container, p *process) (err error) {
 	if p.place, err = n.nested.Add(p.pid, p.name()); err != nil {
 		return err
 	}
-	if err := n.nested.CheckThreads(p.pid, p.tids); err != nil {
+	if err := n.nested.AddThreads(p.place, p.tids, p.name()); err != nil {
 		return err
 	}
 	return n.place(c, p)
@@ -543,15 +543,16 @@ func (n *census) nest(t *image.Tree, own []image.Namespace, newRef func() image.
 		}
 	}
 	t.Namespaces = n.nested.Records(newRef, user, pid)
-	places := map[int32]*namespace.Place{}
+	places, tids := map[int32]*namespace.Place{}, map[int32][]int{}
 	for _, p := range n.procs {
-		places[int32(p.inner)] = p.place
+		places[int32(p.inner)], tids[int32(p.inner)] = p.place, p.tids
 	}
 	for i := range n.zombies {
 		places[n.zombies[i].Pid] = n.zombies[i].place
 	}
 	for i := range t.Processes {
-		places[t.Processes[i].Pid].Fill(&t.Processes[i])
+		p := &t.Processes[i]
+		places[p.Pid].Fill(p, tids[p.Pid])
 	}
 }
 
@@ -581,7 +582,7 @@ func (n *census) viewOf(tid int) *namespace.View {
 	}
 	for _, p := range n.procs {
 		if slices.Contains(p.tids, tid) {
-			return p.place.View()
+			return p.place.Of(tid).View()
 		}
 	}
 	return nil

@@ -429,7 +429,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 		k.c.record.Namespaces[i].Ref = k.w.NewRef()
 	}
 	n.nest(&k.tree, k.c.record.Namespaces, k.w.NewRef)
-	steps, err := n.planGrowth(&k.tree)
+	growth, err := n.planGrowth(&k.tree)
 	if err != nil {
 		return err
 	}
@@ -454,7 +454,7 @@ func (k *checkpoint) collect(ctx context.Context) error {
 	}
 	k.head.noteState(n)
 	k.warnOfGuests()
-	return n.findDonors(steps)
+	return n.findDonors(growth.Steps)
 }
 
 // readTerminals reads what lies unread in terminals, if there are any.

@@ -33,7 +33,7 @@ func nestingOf(t *image.Tree, reserved []int) forest.Nesting {
 	}
 	for i := range t.Processes {
 		p := &t.Processes[i]
-		if len(p.Namespaces)+len(p.Children) > 0 {
+		if len(p.Namespaces)+len(p.Children)+len(p.Apart) > 0 {
 			n.Places[int(p.Pid)] = placeOf(p)
 		}
 	}
@@ -60,6 +60,9 @@ func placeOf(p *image.Process) (out forest.Place) {
 		}
 		if i > 0 {
 			out.Threads = append(out.Threads, ids)
+		}
+		if a := p.ThreadApart(tid); a != nil {
+			out.Apart = append(out.Apart, forest.Apart{Thread: i, In: ints(a.Namespaces), Children: ints(a.Children)})
 		}
 	}
 	return out
@@ -106,13 +109,10 @@ func ints[T ~int32 | ~uint32](list []T) []int {
 
 // plan is the whole history that grows a tree: processes, and who makes and
 // enters which namespace.
-func plan(t *image.Tree, all []forest.Process, reserved []int) ([]forest.Step, error) {
+func plan(t *image.Tree, all []forest.Process, reserved []int) (*forest.Plan, error) {
 	p, err := forest.Grow(all, reserved)
-	if err != nil {
-		return nil, err
-	}
-	if len(t.Namespaces) == 0 {
-		return p.Steps, nil
+	if err != nil || len(t.Namespaces) == 0 {
+		return p, err
 	}
 	return forest.Nest(p, all, nestingOf(t, reserved))
 }
@@ -174,6 +174,8 @@ func (r *restore) nestedStep(ctx context.Context, step forest.Step) error {
 	case forest.Thread:
 		r.hinted[step.Pid] = append(r.hinted[step.Pid], step)
 		return nil
+	case forest.Part:
+		return r.openPart(s, step)
 	}
 	return fmt.Errorf("step %q is not known", step)
 }

@@ -100,6 +100,8 @@ type restore struct {
 	nested  *namespace.Maker
 	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
 	forked  map[int]int           // the order of forks
+	parts   map[int][]part        // what threads enter when they are there, by pid
+	keepers []int                 // ghosts in namespaces of threads
 
 	holds    []*sock.Hold // that keep off the packets of connections
 	contents *contents
@@ -121,6 +123,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	r := &restore{
 		RestoreOptions: o, begin: begin, in: image.NewReader(o.Image), filler: mm.NewFiller(),
 		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, hinted: map[int][]forest.Step{}, forked: map[int]int{},
+		parts:  map[int][]part{},
 		undone: map[uint32]bool{},
 	}
 	defer r.close()
@@ -273,6 +276,7 @@ func (r *restore) openFiles(context.Context) error {
 	if r.maker.Validation = r.FileValidation; r.maker.Validation == "" {
 		r.maker.Validation = file.ValidateStrict
 	}
+	r.maker.Keeper = func(ns image.Ref) int { return r.hostPid(int32(r.nested.Keeper(ns))) }
 	if err := r.maker.Start(); err != nil {
 		return err
 	}
@@ -327,10 +331,12 @@ func (r *restore) grow(ctx context.Context) error {
 		}
 		reserved = append(reserved, pid)
 	}
-	steps, err := plan(&r.head.Tree, all, reserved)
+	growth, err := plan(&r.head.Tree, all, reserved)
 	if err != nil {
 		return err
 	}
+	steps := growth.Steps
+	r.keepers = growth.Keepers
 	var b tracee.Batch
 	task.ResetSignals(&b)
 	task.ChildSignals(&b, true)
@@ -340,7 +346,7 @@ func (r *restore) grow(ctx context.Context) error {
 	}
 	for i, s := range steps {
 		if s.Op == forest.Fork {
-			r.forked[s.Child] = i
+			r.forked[s.Child] = 1 + i // the init, which nobody forks, comes before all
 		}
 	}
 	for len(steps) > 0 {
@@ -612,6 +618,9 @@ func (r *restore) finish(ctx context.Context) error {
 		r.Log.Warn("memory that processes shared by fork could not be shared again", "bytes", n)
 	}
 	if err := r.maker.SettleSockets(); err != nil {
+		return err
+	}
+	if err := r.endKeepers(); err != nil {
 		return err
 	}
 	if err := r.endZombies(); err != nil {

@@ -346,7 +346,7 @@ func hierarchy(tree *image.Tree, complete func(*forest.Process)) (all []forest.P
 
 // planGrowth plans how the processes will be grown again, and refuses those that
 // cannot be.
-func (n *census) planGrowth(tree *image.Tree) ([]forest.Step, error) {
+func (n *census) planGrowth(tree *image.Tree) (*forest.Plan, error) {
 	byInner := map[int]*process{}
 	for _, p := range n.procs {
 		byInner[p.inner] = p
@@ -356,12 +356,12 @@ func (n *census) planGrowth(tree *image.Tree) ([]forest.Step, error) {
 		p := byInner[f.Pid].pid
 		f.Shared = forest.Shared{forest.MM: s.space[p], forest.Sighand: s.hand[p], forest.Files: s.table[p], forest.FS: s.place[p], forest.SemUndo: s.undo[p]}
 	})
-	steps, err := plan(tree, all, reserved)
+	p, err := plan(tree, all, reserved)
 	var unreachable *forest.Unreachable
 	if errors.As(err, &unreachable) && byInner[unreachable.Pid] != nil {
 		return nil, fail.In(byInner[unreachable.Pid].name(), fail.Refuse("", "it could not be made again: "+unreachable.Reason, ""))
 	}
-	return steps, err
+	return p, err
 }
 
 // cloneFlags are the flags of clone(2) and unshare(2) for tables.

@@ -127,7 +127,7 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 	if err != nil {
 		return nil, err
 	}
-	own := r.maker.AboutThreads(r.head.Files(t.Files)) || slices.ContainsFunc(steps, func(s threadStep) bool { return s.fresh&(unix.CLONE_FILES|unix.CLONE_FS) != 0 })
+	own := r.maker.AboutThreads(r.head.Files(t.Files)) || len(r.parts[int(t.Pid)]) > 0 || slices.ContainsFunc(steps, func(s threadStep) bool { return s.fresh&(unix.CLONE_FILES|unix.CLONE_FS) != 0 })
 	if !own && !vforks(t) {
 		r.completeTables(b, t)
 	}
@@ -148,7 +148,15 @@ func (r *restore) cloneThreads(t *image.Task, leader *tracee.Stub, b *tracee.Bat
 		if err := r.openTables(t, threads, steps[:n]); err != nil {
 			return nil, err
 		}
+		for _, step := range steps[:n] {
+			if err := r.enterMounts(t, threads, step); err != nil {
+				return nil, err
+			}
+		}
 		b, steps = &tracee.Batch{}, steps[n:]
+	}
+	if err := r.partThreads(t, threads); err != nil {
+		return nil, err
 	}
 	if err := r.openThreads(t, threads); err != nil {
 		return nil, err

@@ -62,6 +62,9 @@ func (k *checkpoint) checkVforked(parent *process, tid, child int) error {
 	if k.c.pidDepth != len(parent.status[0].NSpid) || len(c.status[0].NSpid) != k.c.pidDepth {
 		return fail.Refuse("", "it waits in vfork(2) in a pid namespace of its own", remedy)
 	}
+	if !parent.place.Of(tid).Same(c.place) {
+		return fail.Refuse("", fmt.Sprintf("its child %s, for which it waits in vfork(2), is in other namespaces", c.name()), remedy)
+	}
 	if _, own := n.sharing.table[tid]; own && tid != parent.pid {
 		return fail.Refuse("", "it waits in vfork(2) with a descriptor table of its own", remedy)
 	}

@@ -32,6 +32,9 @@ type Maker struct {
 	Warn     func(msg string, args ...any)
 	// Clocks are the container's, and how far they have gone since the checkpoint.
 	Clocks func() *task.Clocks
+	// Keeper is the pid here of who is in a namespace that tasks have made, 0 where
+	// it is whoever the image says.
+	Keeper func(ns image.Ref) int
 	IDs    task.IDMaps // of the container that is restored
 	// Validation is one of Validations.
 	Validation string
@@ -332,8 +335,11 @@ func (m *Maker) Covered() (all []mount.Place) {
 func (m *Maker) Cover(held map[mount.Place]int) { m.covered = held }
 
 // Raise moves a descriptor of the stub into the table and returns its new number.
-func (m *Maker) Raise(fd int) (int, error) {
-	up, err := m.moveUp([]int{fd})
+func (m *Maker) Raise(fd int) (int, error) { return m.RaiseIn(m.stub, fd) }
+
+// RaiseIn does so for a descriptor of another stub.
+func (m *Maker) RaiseIn(s *tracee.Stub, fd int) (int, error) {
+	up, err := m.moveUpIn(s, []int{fd})
 	if err != nil {
 		return 0, err
 	}
@@ -341,7 +347,9 @@ func (m *Maker) Raise(fd int) (int, error) {
 }
 
 // moveUp moves descriptors into the table and returns their new numbers.
-func (m *Maker) moveUp(low []int) ([]int, error) {
+func (m *Maker) moveUp(low []int) ([]int, error) { return m.moveUpIn(m.stub, low) }
+
+func (m *Maker) moveUpIn(s *tracee.Stub, low []int) ([]int, error) {
 	var b tracee.Batch
 	for _, fd := range low {
 		b.Add(unix.SYS_FCNTL, tracee.W(fd), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
@@ -349,7 +357,7 @@ func (m *Maker) moveUp(low []int) ([]int, error) {
 	for _, fd := range low {
 		b.Add(unix.SYS_CLOSE, tracee.W(fd))
 	}
-	if _, err := m.stub.Run(&b); err != nil {
+	if _, err := s.Run(&b); err != nil {
 		return nil, err
 	}
 	up := make([]int, len(low))
@@ -980,11 +988,7 @@ func (m *Maker) Keep(to *tracee.Stub, f *os.File) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	var b tracee.Batch
-	up := b.Add(unix.SYS_FCNTL, tracee.W(low), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
-	b.Add(unix.SYS_CLOSE, tracee.W(low))
-	_, err = to.Run(&b)
-	return int(b.Calls[up].Ret), err
+	return m.RaiseIn(to, low)
 }
 
 // openLate opens a file that exists only since its process does again, in the

@@ -29,14 +29,35 @@ var nsfs = kind{
 			d.Record.Pid, d.Record.Path = pid, fmt.Sprintf("/proc/%d/ns/%s", pid, link)
 			return nil
 		}
+		if pid, tid, err := s.inThread(d.seen.link); pid != 0 || err != nil {
+			d.Record.Pid, d.Record.Path = pid, image.ThreadNamespacePath(pid, tid, name)
+			return err
+		}
 		if own, err := os.Readlink(nsutil.Path(os.Getpid(), name)); err == nil && own == d.seen.link {
 			return fail.Refuse("", "it is a namespace of the host", "close it before the checkpoint")
 		}
 		return fail.Refuse("", "no task of the container is in this namespace, which only descriptors or mounts keep; it is not supported yet", "close it before the checkpoint")
 	},
-	obtain: func(_ *Maker, host int, f *image.File) (*os.File, error) {
+	obtain: func(m *Maker, host int, f *image.File) (*os.File, error) {
+		if keeper := m.Keeper(m.head.NamespaceOf(f)); keeper != 0 { // its threads are not there yet
+			host = keeper
+		}
 		return os.Open(nsutil.Path(host, f.NamespaceLink()))
 	},
+}
+
+// inThread finds a thread that is in a namespace its process is not in.
+func (s *Set) inThread(link string) (pid, tid int32, err error) {
+	inode, err := nsutil.Parse(link)
+	if err != nil || s.Apart == nil {
+		return 0, 0, err
+	}
+	host := s.Apart(inode)
+	if host == 0 {
+		return 0, 0, nil
+	}
+	tid, pid, err = s.Task(host)
+	return pid, tid, err
 }
 
 // member finds a task in a namespace, and the link by which it leads there.

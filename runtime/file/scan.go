@@ -307,6 +307,8 @@ type Env struct {
 	// Task tells what the container calls a task of the host and its process, 0 for
 	// one that is not of it.
 	Task func(host int) (tid, pid int32, err error)
+	// Apart is a thread in a namespace which its process is not in, by its inode.
+	Apart func(inode uint64) (host int)
 	// Views are the mount namespaces that tasks have made, once these are known.
 	Views func() []*namespace.View
 	// External are the open files that are to be left out.

@@ -95,6 +95,8 @@ func (s Step) String() string {
 		return fmt.Sprintf("%d: leave %v", s.Pid, s.Tables)
 	case Enter:
 		return fmt.Sprintf("enter %d", s.Child)
+	case Part:
+		return fmt.Sprintf("%d: thread %d: %s", s.Pid, s.Child, s.Nested.text(s.Op))
 	case EnterUser, Unshare, Join, Thread:
 		return fmt.Sprintf("%d: %s", s.Pid, s.Nested.text(s.Op))
 	}
@@ -118,6 +120,9 @@ type Plan struct {
 	Steps []Step
 	// Ghosts are the temporary pids in order of their fork. All of them have left at the end.
 	Ghosts []int
+	// Keepers are ghosts that are there at the end still (Nest): each is in a namespace that only threads are
+	// to be in, and may leave when these have a way to it.
+	Keepers []int
 }
 
 // Unreachable says that no history this package knows ends in the hierarchy given.

@@ -33,6 +33,9 @@ const (
 	// Thread makes Pid clone its thread number Child, which it cannot do by set_tid alone. It is to be
 	// made when all is in place, and before anybody's last system call.
 	Thread
+	// Part makes the thread Child of Pid (the leader is 0) enter a namespace, once all threads have been
+	// cloned: by Join, or where there is no Via by Unshare.
+	Part
 )
 
 // Namespace is one that processes of the container have made.
@@ -51,6 +54,14 @@ type Place struct {
 	IDs []int
 	// Threads are the ids of its threads but the leader, the container's first.
 	Threads [][]int
+	// Apart are the threads that are elsewhere than their process.
+	Apart []Apart
+}
+
+// Apart says where a thread is, as Place does for its process.
+type Apart struct {
+	Thread       int // its place in the process, the leader's being 0
+	In, Children []int
 }
 
 // Nesting is the part of a hierarchy that Nest plans for.
@@ -84,7 +95,7 @@ func (n *Nested) text(op Op) string {
 	switch {
 	case op == Thread:
 		return fmt.Sprintf("thread %v", n.IDs)
-	case op == Unshare:
+	case op == Unshare, op == Part && n.Via == 0:
 		return fmt.Sprintf("unshare %d", n.NS)
 	case op == EnterUser:
 		return fmt.Sprintf("setns user %d of %d", n.NS, n.Via)
@@ -99,8 +110,8 @@ type Hint struct {
 }
 
 // Nest adds to a plan what it takes to put each process into its namespaces. The root is the first in
-// the list.
-func Nest(p *Plan, processes []Process, n Nesting) ([]Step, error) {
+// the list. Keepers are the ghosts that are left at the end.
+func Nest(p *Plan, processes []Process, n Nesting) (*Plan, error) {
 	n.Reserved = append(slices.Clone(n.Reserved), p.Ghosts...)
 	x := newNest(processes, n)
 	for _, s := range p.Steps {
@@ -119,7 +130,7 @@ func Nest(p *Plan, processes []Process, n Nesting) ([]Step, error) {
 	if err := x.alone(processes); err != nil {
 		return nil, err
 	}
-	return x.steps, x.threads()
+	return &Plan{Steps: x.steps, Ghosts: p.Ghosts, Keepers: x.keepers}, x.threads()
 }
 
 // alone refuses what setns(2) does not let those do who share tables: to enter a user or mount namespace
@@ -187,6 +198,8 @@ type nest struct {
 	born    map[int]int // other namespaces that exist, but for user namespaces: who is in it
 	used    map[int]map[int]bool
 	time    map[int]int // the time namespaces that children of processes begin in
+	wishes  []wish
+	keepers []int
 }
 
 // nested is the state of one process.

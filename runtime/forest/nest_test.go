@@ -34,7 +34,7 @@ func lines(steps []Step) (out []string) {
 var testNamespaces = []Namespace{
 	{ID: 10, Type: "user"}, {ID: 20, Type: "user", Owner: 10},
 	{ID: 11, Type: "pid", Owner: 10}, {ID: 21, Type: "pid", Owner: 20, Parent: 11}, {ID: 31, Type: "pid"},
-	{ID: 12, Type: "uts", Owner: 10}, {ID: 22, Type: "time"}, {ID: 41, Type: "pid"},
+	{ID: 12, Type: "uts", Owner: 10}, {ID: 22, Type: "time"}, {ID: 41, Type: "pid"}, {ID: 51, Type: "net"}, {ID: 52, Type: "net"},
 }
 
 func TestNest(t *testing.T) {
@@ -87,17 +87,33 @@ func TestNest(t *testing.T) {
 			map[int]Place{5: {Children: []int{41}}},
 			"1: fork 5; 5: unshare 41",
 		},
+		"threads apart": {
+			[]Process{{Pid: 1, Pgid: 1, Sid: 1}, {Pid: 5, Ppid: 1, Pgid: 1, Sid: 1}, {Pid: 6, Ppid: 5, Pgid: 1, Sid: 1}},
+			map[int]Place{
+				1: {Threads: [][]int{{102}, {103}}, Apart: []Apart{{Thread: 1, In: []int{52}, Children: []int{41}}, {Thread: 2, In: []int{51}}}},
+				5: {In: []int{51}, Threads: [][]int{{7}}, Apart: []Apart{{Thread: 1, Children: []int{31}}}}, 6: {In: []int{31}, IDs: []int{1}},
+			},
+			"1: fork 5; 5: fork 6 ids [1 6] new 0 31; 5: unshare 51; 1: fork 2; 2: unshare 52; " +
+				"1: thread 1: setns net 52 of 2; 1: thread 2: setns net 51 of 5; 1: thread 1: unshare 41; " +
+				"5: thread 1: setns net 0 of 1; 5: thread 1: setns pid 31 of 6",
+		},
+		"a thread that could not come back": {
+			[]Process{{Pid: 1, Pgid: 1, Sid: 1}, {Pid: 5, Ppid: 1, Pgid: 1, Sid: 1}},
+			map[int]Place{5: {In: []int{10, 12}, Threads: [][]int{{7}, {8}}, Apart: []Apart{{Thread: 1, In: []int{10}}}}},
+			"1: fork 5; 5: fork 2; 2: unshare 10; 5: setns user 10 of 2; 2: exit; " +
+				"1: fork 3; 3: setns user 10 of 5; 3: unshare 12; 5: thread 0: setns uts 12 of 3; 5: thread 2: setns uts 12 of 3; 5: thread []; 5: thread []",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := Grow(c.processes, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			steps, err := Nest(p, c.processes, Nesting{Namespaces: testNamespaces, Places: c.places})
+			nested, err := Nest(p, c.processes, Nesting{Namespaces: testNamespaces, Places: c.places})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := strings.Join(lines(steps), "; "); got != c.want {
+			if got := strings.Join(lines(nested.Steps), "; "); got != c.want {
 				t.Errorf("the plan is\n%s\nnot\n%s", strings.ReplaceAll(got, "; ", "\n"), strings.ReplaceAll(c.want, "; ", "\n"))
 			}
 		})
@@ -110,9 +126,12 @@ func TestCannotNest(t *testing.T) {
 		processes []Process
 		places    map[int]Place
 	}{
-		"not the init":          {two, map[int]Place{5: {In: []int{31}, IDs: []int{2}}}},
-		"not made from that":    {two, map[int]Place{5: {In: []int{10, 20, 21}, IDs: []int{1, 1}}}},
-		"not in the user":       {two, map[int]Place{5: {In: []int{11}, IDs: []int{1}}}},
+		"not the init":                       {two, map[int]Place{5: {In: []int{31}, IDs: []int{2}}}},
+		"not made from that":                 {two, map[int]Place{5: {In: []int{10, 20, 21}, IDs: []int{1, 1}}}},
+		"not in the user":                    {two, map[int]Place{5: {In: []int{11}, IDs: []int{1}}}},
+		"its thread could not enter the net": {two, map[int]Place{5: {In: []int{10}, Threads: [][]int{{7}}, Apart: []Apart{{Thread: 1, In: []int{10, 51}}}}}},
+		"lets no thread enter": {two, map[int]Place{
+			5: {Threads: [][]int{{7}}, Apart: []Apart{{Thread: 1, Children: []int{22}}}}, 1: {Children: []int{22}}}},
 		"could make its namesp": {two, map[int]Place{5: {In: []int{12}}}},
 		"cannot be named": {slices.Concat(two, []Process{{Pid: 6, Ppid: 5, Pgid: 1, Sid: 1}, {Pid: 7, Ppid: 6, Pgid: 5, Sid: 1}}),
 			map[int]Place{6: {In: []int{31}, IDs: []int{1}}, 7: {In: []int{31}, IDs: []int{2}}}},
@@ -122,10 +141,10 @@ func TestCannotNest(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			steps, err := Nest(p, c.processes, Nesting{Namespaces: testNamespaces, Places: c.places})
+			nested, err := Nest(p, c.processes, Nesting{Namespaces: testNamespaces, Places: c.places})
 			var no *Unreachable
 			if !errors.As(err, &no) || !strings.Contains(err.Error(), want) {
-				t.Errorf("%v, %v", lines(steps), err)
+				t.Errorf("%v, %v", nested, err)
 			}
 		})
 	}

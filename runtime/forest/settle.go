@@ -10,6 +10,9 @@ var inOrder = []string{"uts", "ipc", "net", "cgroup", "time", "mnt"}
 // first process that can, which is one whose user namespaces include its owner; a process that cannot
 // waits until all it needs exist.
 func (x *nest) settle() error {
+	if err := x.wish(); err != nil {
+		return err
+	}
 	pending := slices.DeleteFunc(slices.Clone(x.order), func(pid int) bool {
 		_, placed := x.Places[pid]
 		return x.zombies[pid] || !placed && x.alive[pid].kids == x.alive[pid].space
@@ -17,14 +20,21 @@ func (x *nest) settle() error {
 	for len(pending) > 0 {
 		i := slices.IndexFunc(pending, x.ready)
 		if i < 0 {
-			return &Unreachable{pending[0], "no process is left that could make its namespaces"}
+			more, err := x.keep()
+			if err == nil && !more {
+				err = &Unreachable{pending[0], "no process is left that could make its namespaces"}
+			}
+			if err != nil {
+				return err
+			}
+			continue
 		}
 		if err := x.place(pending[i]); err != nil {
 			return err
 		}
 		pending = slices.Delete(pending, i, i+1)
 	}
-	return nil
+	return x.fulfil()
 }
 
 // ready says that every namespace a process needs exists or can be made by it.

@@ -32,7 +32,7 @@ var clocks = kind{
 			}
 			text += fmt.Sprintf("%d %d %d\n", clock, sec, offset-sec*1e9)
 		}
-		return writeFile(s.Stub, "/proc/self/timens_offsets", text)
+		return writeAt(s.Stub, m.Proc, fmt.Sprintf("%d/timens_offsets", s.pid), text) // of a thread, where it is one
 	},
 }
 

@@ -36,6 +36,7 @@ type Maker struct {
 	Offsets map[int32]int64
 
 	stays map[int]*stay
+	kept  map[image.Ref]int // who has made a namespace, in the container's pid namespace
 }
 
 // stay is where a stub is and who.
@@ -156,7 +157,10 @@ func hint(hints []forest.Hint, fd int, writers func(pid int) *tracee.Stub) error
 // Unshare makes a namespace and puts into it what the image has of it. via is
 // the stub that writes the maps of a user namespace.
 func (m *Maker) Unshare(s *tracee.Stub, step forest.Step, via *tracee.Stub) error {
-	me := m.at(s, step.Pid)
+	return m.unshare(m.at(s, step.Pid), step, via)
+}
+
+func (m *Maker) unshare(me *stub, step forest.Step, via *tracee.Stub) error {
 	n := m.Head.Nested(image.Ref(step.Nested.NS))
 	if n == nil {
 		return errors.New("the image does not have the namespace")
@@ -170,11 +174,17 @@ func (m *Maker) Unshare(s *tracee.Stub, step forest.Step, via *tracee.Stub) erro
 	if err := m.asBundle(me, func(b *tracee.Batch) { b.Add(unix.SYS_UNSHARE, tracee.W(k.flag)) }); err != nil {
 		return m.refusal(n.Type, err)
 	}
+	if m.kept == nil {
+		m.kept = map[image.Ref]int{}
+	}
+	if k != &user {
+		m.kept[n.Ref] = me.pid
+	}
 	switch {
 	case k == &user:
 		return m.adopt(me, m.at(via, step.Nested.Via), n)
 	case n.Dead:
-		return die(s)
+		return die(me.Stub)
 	case k.fill == nil:
 		return nil
 	}
@@ -198,19 +208,25 @@ func (m *Maker) adopt(ghost, via *stub, n *image.NestedNamespace) error {
 }
 
 // die gives the pid namespace that a stub's children are to begin in an init
-// that ends at once: from then on nobody can be made there.
+// that ends at once: from then on nobody can be made there. It tells nobody of its
+// end by a signal, and the stub reaps it.
 func die(s *tracee.Stub) error {
-	var b tracee.Batch
-	task.CloneProcess(&b, nil, int32(unix.SIGCHLD), 0)
+	var b, reap tracee.Batch
+	task.CloneProcess(&b, nil, 0, 0)
 	cloned, err := s.Run(&b)
 	if err != nil {
 		return err
 	}
 	child, err := s.NewChild(cloned[0], cloned[0])
+	if err == nil {
+		err = child.Exit(0)
+	}
 	if err != nil {
 		return err
 	}
-	return child.Exit(0)
+	reap.Add(unix.SYS_WAIT4, tracee.W(b.Calls[0].Ret), tracee.W(0), tracee.W(unix.WALL), tracee.W(0))
+	_, err = s.Run(&reap)
+	return err
 }
 
 // Join makes a stub enter a namespace that another is in.
@@ -221,13 +237,10 @@ func (m *Maker) Join(s *tracee.Stub, step forest.Step) error {
 	if err != nil {
 		return err
 	}
-	enter := func(b *tracee.Batch) {
-		b.Add(unix.SYS_SETNS, tracee.W(fd), tracee.W(Flag(kind)))
-		b.Add(unix.SYS_CLOSE, tracee.W(fd))
-	}
 	run := func() error {
 		var b tracee.Batch
-		enter(&b)
+		b.Add(unix.SYS_SETNS, tracee.W(fd), tracee.W(Flag(kind)))
+		b.Add(unix.SYS_CLOSE, tracee.W(fd))
 		_, err := s.Run(&b)
 		return err
 	}
@@ -237,6 +250,31 @@ func (m *Maker) Join(s *tracee.Stub, step forest.Step) error {
 	// Most tasks are born into what they are in, so no filter is asked.
 	if err := m.limited(me, run); err != nil {
 		return m.refusal(kind, err)
+	}
+	return nil
+}
+
+// Way opens, in the stub of a process, the namespace that one of its threads is to
+// enter.
+func (m *Maker) Way(s *tracee.Stub, step forest.Step) (fd int, err error) {
+	return m.open(m.at(s, step.Pid), step.Nested.Via, step.Nested.As)
+}
+
+// Part makes a thread enter the namespace to which way leads, or without one make
+// it. tid is its id in the container.
+func (m *Maker) Part(s *tracee.Stub, step forest.Step, tid int32, way int) error {
+	me := &stub{s, int(tid), m.at(s, step.Pid).stay}
+	if step.Nested.Via == 0 {
+		return m.unshare(me, step, nil)
+	}
+	err := m.limited(me, func() error {
+		var b tracee.Batch
+		b.Add(unix.SYS_SETNS, tracee.W(way), tracee.W(Flag(step.Nested.As)))
+		_, err := s.Run(&b)
+		return err
+	})
+	if err != nil {
+		return m.refusal(step.Nested.As, err)
 	}
 	return nil
 }
@@ -274,6 +312,10 @@ func (m *Maker) Enter(s *tracee.Stub, step forest.Step) error {
 	me.user, me.taken = image.Ref(step.Nested.NS), true
 	return nil
 }
+
+// Keeper is who is in a namespace from when the forest has grown until descriptors
+// are in place, 0 for nobody.
+func (m *Maker) Keeper(ns image.Ref) int { return m.kept[ns] }
 
 // open opens a link of /proc/PID/ns in a stub.
 func (m *Maker) open(s *stub, pid int, link string) (int, error) {
@@ -503,9 +545,7 @@ func (m *Maker) write(s, of *stub, name, text string) error {
 	return writeAt(s.Stub, m.Proc, fmt.Sprintf("%d/%s", of.pid, name), text)
 }
 
-// writeFile makes a stub write a file.
-func writeFile(s *tracee.Stub, path, text string) error { return writeAt(s, unix.AT_FDCWD, path, text) }
-
+// writeAt makes a stub write a file.
 func writeAt(s *tracee.Stub, dir int, path, text string) error {
 	var open tracee.Batch
 	open.Add(unix.SYS_OPENAT, tracee.W(dir), open.String(path), tracee.W(unix.O_WRONLY|unix.O_CLOEXEC))

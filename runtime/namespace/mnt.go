@@ -467,5 +467,10 @@ func (m *Maker) mounter(stubs map[int]*tracee.Stub, n *image.NestedNamespace, c 
 			return m.at(s, int(p.Pid))
 		}
 	}
+	for pid, s := range stubs { // a keeper, where only threads are to be
+		if m.kept[n.Ref] == pid && m.User(pid) == owner && c.Space == 0 {
+			return m.at(s, pid)
+		}
+	}
 	return nil
 }

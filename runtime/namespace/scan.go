@@ -65,8 +65,9 @@ type mounter struct{ space, user *Namespace }
 type Place struct {
 	in       []*Namespace
 	children []*Namespace
-	Space    *Namespace // the pid namespace, nil for the container's
-	User     *Namespace // the user namespace, nil for the container's
+	Space    *Namespace     // the pid namespace, nil for the container's
+	User     *Namespace     // the user namespace, nil for the container's
+	apart    map[int]*Place // of threads, by their pids on the host
 }
 
 // NewSet returns an empty set for a container.
@@ -76,7 +77,11 @@ func NewSet(env Env) *Set { return &Set{Env: env, byInode: map[uint64]*Namespace
 func (n *Namespace) object() string { return n.Record.Type + " namespace" }
 
 // Add notes the namespaces of a process.
-func (s *Set) Add(pid int, name string) (*Place, error) {
+func (s *Set) Add(pid int, name string) (*Place, error) { return s.add(pid, name, false) }
+
+// add notes the namespaces of a process, or of a thread that is elsewhere than it.
+// Where only such threads are, all is done by a process in no other pid namespace.
+func (s *Set) add(pid int, name string, thread bool) (*Place, error) {
 	p := &Place{}
 	all, err := nsutil.Of(pid)
 	if err != nil {
@@ -95,7 +100,9 @@ func (s *Set) Add(pid int, name string) (*Place, error) {
 	for _, n := range p.in {
 		if n.Record.Type == "mnt" {
 			n.pids = append(n.pids, pid)
-			n.mounters = append(n.mounters, mounter{p.Space, p.User})
+			if !thread || p.Space == nil {
+				n.mounters = append(n.mounters, mounter{p.Space, p.User})
+			}
 		}
 	}
 	forPids, forTime, err := nsutil.ForChildren(pid)
@@ -148,30 +155,62 @@ func (p *Place) add(n *Namespace) {
 	}
 }
 
-// CheckThreads refuses threads in other namespaces than their process. Those that
-// are gone by now, as they may be while they run, are none.
-func (s *Set) CheckThreads(pid int, tids []int) error {
+// AddThreads notes the threads of a process, whose place is p, that are elsewhere
+// than it. A thread that is gone by now, as it may be while they run, is nowhere.
+func (s *Set) AddThreads(p *Place, tids []int, name string) error {
 	if len(tids) < 2 {
 		return nil
 	}
-	for _, kind := range []string{"cgroup", "ipc", "mnt", "net", "pid_for_children", "uts"} {
-		ours, err := os.Readlink(nsutil.Path(pid, kind))
-		if err != nil && kind != "pid_for_children" { // that may be unborn
-			return gone(pid, err)
+	ours := links(tids[0])
+	p.apart = map[int]*Place{}
+	for _, tid := range tids[1:] {
+		if links(tid) == ours {
+			continue
 		}
-		for _, tid := range tids[1:] {
-			theirs, err := os.Readlink(nsutil.Path(tid, kind))
-			if err == nil && theirs != ours || err != nil && ours != "" && kind == "pid_for_children" && alive(tid) {
-				return fail.Refuse(fmt.Sprintf("thread (host %d)", tid), "it is in another "+kind+" namespace than its process; that is not supported yet", "")
-			}
+		at, err := s.add(tid, name, true)
+		if errors.Is(err, tracee.ErrGone) {
+			continue
 		}
+		if err != nil {
+			return fail.On(fmt.Sprintf("thread (host %d)", tid), err)
+		}
+		p.apart[tid] = at
+	}
+	if len(p.children) > 0 { // what threads are cloned by may not have any
+		p.apart[tids[0]] = &Place{in: p.in, children: p.children, Space: p.Space, User: p.User}
+		p.children = nil
 	}
 	return nil
 }
 
-func alive(tid int) bool {
-	_, err := os.Stat(fmt.Sprintf("/proc/%d", tid))
-	return err == nil
+// Same says that two are in the same namespaces.
+func (p *Place) Same(other *Place) bool { return slices.Equal(p.in, other.in) }
+
+// Apart is a thread that is in a namespace which no process is in, by their pids
+// and its inode; 0 if there is none.
+func (s *Set) Apart(inode uint64) int {
+	if n := s.byInode[inode]; n != nil && n.Record.Type != "pid" && n.Record.Type != "time" {
+		return n.pid
+	}
+	return 0
+}
+
+// links are those to the namespaces of a thread that need not be its process's.
+func links(tid int) (out [len(threads)]string) {
+	for i, kind := range threads {
+		out[i], _ = os.Readlink(nsutil.Path(tid, kind)) // one for pids may be unborn
+	}
+	return out
+}
+
+var threads = [...]string{"cgroup", "ipc", "mnt", "net", "pid_for_children", "time_for_children", "uts"}
+
+// Of is where a thread of a process is.
+func (p *Place) Of(tid int) *Place {
+	if at := p.apart[tid]; at != nil {
+		return at
+	}
+	return p
 }
 
 func gone(pid int, err error) error {
@@ -309,8 +348,9 @@ func (s *Set) Records(newRef func() image.Ref, user, pid image.Ref) []image.Nest
 	return out
 }
 
-// Fill puts the references into the record of a process.
-func (p *Place) Fill(r *image.Process) {
+// Fill puts the references into the record of a process whose threads have these
+// pids on the host.
+func (p *Place) Fill(r *image.Process, tids []int) {
 	refs := func(list []*Namespace) (out []image.Ref) {
 		for _, n := range list {
 			out = append(out, n.Record.Ref)
@@ -319,6 +359,12 @@ func (p *Place) Fill(r *image.Process) {
 		return out
 	}
 	r.Namespaces, r.Children = refs(p.in), refs(p.children)
+	r.Apart = nil
+	for i, tid := range tids {
+		if at := p.apart[tid]; at != nil {
+			r.Apart = append(r.Apart, image.ApartThread{Tid: r.Threads[len(r.Threads)-len(tids)+i], Namespaces: refs(at.in), Children: refs(at.children)})
+		}
+	}
 }
 
 // Nested reports whether a process is in a namespace of its own making, or

@@ -2,6 +2,7 @@
  * nested NAME SCRIPT - makes namespaces inside the container and holds them. The
  * script is read by the first process; each character is a step:
  *
+ *	[...]	start a thread that runs the steps up to the matching bracket
  *	(...)	fork a child that runs the steps up to the matching bracket
  *	{F...}	the same, cloned into the new namespaces that the capital letters
  *		F name: U user, P pid, H uts, I ipc, N net, C cgroup, M mount
@@ -15,6 +16,7 @@
  *	m	unshare a mount namespace, private throughout
  *	r	mount /proc anew
  *	f	mount a tmpfs over /tmp		b	bind /etc over /sys
+ *	o	hold the network namespace open
  *	d	hold a directory and a file open, and stand, in /tmp
  *	w	open a unix and a TCP socket
  *	j	join all namespaces but the user's of the child forked last
@@ -54,11 +56,12 @@ struct held {
 
 static struct held *held;
 static pid_t last_child;
-static int first = 1;	/* this is the first process */
+static __thread int first;	/* this is the first thread of the first process */
 static int proc;	/* the container's /proc */
 static int ahead;	/* a time namespace was made above */
-static int file = -1, dir = -1;	/* held open by step d */
-static off_t written;
+static __thread int file = -1, dir = -1;	/* held open by step d */
+static __thread int net = -1;	/* by step o */
+static __thread off_t written;
 
 static int at_proc(const char *path)
 {
@@ -106,11 +109,11 @@ static void note_status(struct text *s)
 		"NStgid:", "NSpgid:", "NSsid:", "Uid:", "Gid:", "Groups:",
 		"CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
 	};
-	static struct text all;
+	static __thread struct text all;
 
 	all.len = 0;
-	note_file(&all, "self/status");
-	for (char *line = strtok(all.buf, "\n"); line; line = strtok(NULL, "\n"))
+	note_file(&all, "thread-self/status");
+	for (char *rest, *line = strtok_r(all.buf, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 		for (size_t i = 0; i < COUNT(keys); i++)
 			if (!strncmp(line, keys[i], strlen(keys[i])))
 				text_add(s, "%s\n", line);
@@ -119,11 +122,11 @@ static void note_status(struct text *s)
 /* Mounts without their ids and those of their peer groups. */
 static void note_mounts(struct text *s)
 {
-	static struct text all;
+	static __thread struct text all;
 
 	all.len = 0;
-	note_file(&all, "self/mountinfo");
-	for (char *line = strtok(all.buf, "\n"); line; line = strtok(NULL, "\n")) {
+	note_file(&all, "thread-self/mountinfo");
+	for (char *rest, *line = strtok_r(all.buf, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
 		char *at = line, *tail = strstr(line, " - ");
 
 		for (int skip = 0; tail && skip < 3; skip++)
@@ -178,10 +181,10 @@ static void look(struct text *s)
 	text_add(s, "%u %u %u %u\n", getuid(), geteuid(), getgid(), getegid());
 	text_add(s, "cwd %s\n", getcwd(cwd, sizeof(cwd)) ? cwd : "?");
 	note_status(s);
-	note_file(s, "self/uid_map");
-	note_file(s, "self/gid_map");
-	note_file(s, "self/setgroups");
-	note_file(s, "self/cgroup");
+	note_file(s, "thread-self/uid_map");
+	note_file(s, "thread-self/gid_map");
+	note_file(s, "thread-self/setgroups");
+	note_file(s, "thread-self/cgroup");
 	note_mounts(s);
 	note_proc(s);
 	note_network(s);
@@ -194,7 +197,7 @@ static void note_inodes(int me)
 	struct stat st;
 
 	for (size_t i = 0; i < COUNT(kinds); i++) {
-		snprintf(path, sizeof(path), "self/ns/%s", kinds[i]);
+		snprintf(path, sizeof(path), "thread-self/ns/%s", kinds[i]);
 		held->inode[me][i] = fstatat(proc, path, &st, 0) ? 0 : st.st_ino;
 	}
 }
@@ -247,6 +250,13 @@ static void use_files(void)
 	struct stat held, named;
 	char text[8];
 
+	if (net >= 0) {
+		struct stat own;
+
+		need(!fstat(net, &held));
+		need(!fstatat(proc, "thread-self/ns/net", &own, 0));
+		need(held.st_ino == own.st_ino);
+	}
 	if (file < 0)
 		return;
 	need(lseek(file, 0, SEEK_CUR) == written);
@@ -261,7 +271,7 @@ static void use_files(void)
 
 static void hold_for_ever(void)
 {
-	static struct text was, is;
+	static __thread struct text was, is;
 	int me;
 
 	if (first)
@@ -292,7 +302,7 @@ static const char *matching(const char *at)
 	for (int depth = 1; depth; at++) {
 		if (!*at)
 			fail("unbalanced script");
-		depth += *at == '(' || *at == '{' ? 1 : *at == ')' || *at == '}' ? -1 : 0;
+		depth += strchr("({[", *at) ? 1 : strchr(")}]", *at) ? -1 : 0;
 	}
 	return at - 1;
 }
@@ -307,6 +317,33 @@ static long flags_of(const char **steps)
 	for (const char *found; **steps && (found = strchr(letters, **steps)); ++*steps)
 		all |= flags[found - letters];
 	return all;
+}
+
+struct apart {
+	const char *steps;
+	int ready;
+};
+
+static void *start_apart(void *arg)
+{
+	struct apart a = *(struct apart *)arg;
+
+	run(a.steps, a.ready);
+	return NULL;
+}
+
+static void start_thread_apart(const char *steps)
+{
+	struct apart a = { .steps = steps };
+	pthread_t thread;
+	int ends[2];
+	char how;
+
+	need(!pipe2(ends, O_CLOEXEC));
+	a.ready = ends[1];
+	need(!pthread_create(&thread, NULL, start_apart, &a));
+	need(read(ends[0], &how, 1) == 1);
+	close(ends[0]);
 }
 
 /* The child's end of the pipe closes when its script has run, or it exits. */
@@ -356,12 +393,15 @@ static void unshare_uts(void)
 
 static void unshare_time(void)
 {
-	char line[64];
+	char line[64], path[64];
+	int mono = mono_ns() / SEC / AHEAD + 1;
 
 	need(!unshare(CLONE_NEWTIME));
-	ahead = mono_ns() / SEC / AHEAD + 1;
-	snprintf(line, sizeof(line), "monotonic %lld 0", AHEAD * ahead);
-	put("self/timens_offsets", line);
+	snprintf(line, sizeof(line), "monotonic %lld 0", AHEAD * mono);
+	snprintf(path, sizeof(path), "%d/timens_offsets", gettid());
+	put(gettid() == getpid() ? "self/timens_offsets" : path, line);
+	if (gettid() == getpid())
+		ahead = mono;
 }
 
 static void loopback_up(void)
@@ -450,6 +490,10 @@ static void step(char c)
 	case 'f': need(!mount("fresh", "/tmp", "tmpfs", MS_NOSUID, "size=64k,mode=755")); break;
 	case 'b': need(!mount("/etc", "/sys", NULL, MS_BIND, NULL)); break;
 	case 'd': open_files(); break;
+	case 'o':
+		net = openat(proc, "thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+		need(net >= 0);
+		break;
 	case 'w': open_sockets(); break;
 	case 'j': join_child(); break;
 	case 'k': start_thread(); break;
@@ -461,8 +505,11 @@ static void step(char c)
 
 static void run(const char *at, int ready)
 {
-	for (; *at && *at != ')' && *at != '}'; at++) {
-		if (*at == '(' || *at == '{') {
+	for (; *at && !strchr(")}]", *at); at++) {
+		if (*at == '[') {
+			start_thread_apart(at + 1);
+			at = matching(at + 1);
+		} else if (*at == '(' || *at == '{') {
 			fork_child(at + 1);
 			at = matching(at + 1);
 		} else if (*at == 'x' || *at == 'z') {
@@ -487,6 +534,7 @@ int main(int argc, char **argv)
 	need(argc == 3);
 	report_open(argv[1]);
 	held = map_shared(sizeof(*held));
+	first = 1;
 	proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	need(proc >= 0);
 	run(argv[2], -1);
