@@ -400,7 +400,7 @@ func (f *Filler) copyFrom(pid int, ref image.Ref, e extent) error {
 		return err
 	}
 	defer mem.Close()
-	buf := make([]byte, min(e.end-e.start, chunkSize))
+	buf := make([]byte, min(e.end-e.start, recordSize))
 	for at := e.start; at < e.end; {
 		b := buf[:min(uint64(len(buf)), e.end-at)]
 		if _, err := mem.ReadAt(b, int64(at)); err != nil {

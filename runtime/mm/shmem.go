@@ -98,6 +98,10 @@ func (s *Segment) Save(out *Saver) error {
 		return err
 	}
 	defer f.Close()
+	return out.finish(s.plan(f, out))
+}
+
+func (s *Segment) plan(f *os.File, out *Saver) error {
 	size := int64(s.Record.Span())
 	if s.Record.SysV == nil {
 		size = int64(s.Record.Size)
@@ -124,7 +128,7 @@ func (s *Segment) Save(out *Saver) error {
 		}
 		at = end
 	}
-	return out.flush()
+	return nil
 }
 
 // data finds the next stretch with content from at on. A hugetlbfs does not
