@@ -100,9 +100,8 @@ func validName(name string) bool {
 }
 
 func (b *builder) ownTmpfs(id int32) bool {
-	return slices.ContainsFunc(b.Container.Mounts, func(m Mount) bool {
-		return m.ID == int(id) && m.Own == MountNew && m.FSType == "tmpfs"
-	})
+	m := b.Mount(int(id))
+	return m != nil && m.Own == MountNew && m.FSType == "tmpfs"
 }
 
 func (b *builder) checkNames(names []Name) error {

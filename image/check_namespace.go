@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 )
 
 // Bounds on namespaces that tasks have made.
@@ -19,7 +18,10 @@ func (b *builder) checkNested(t *Tree) error {
 	if len(t.Namespaces) > maxNested {
 		return fmt.Errorf("%d namespaces are more than %d", len(t.Namespaces), maxNested)
 	}
-	n := nesting{types: map[Ref]string{}, depth: map[Ref]int{}, parent: map[Ref]Ref{}, used: map[nestedID]bool{}, living: map[Ref]bool{}}
+	n := nesting{types: map[Ref]string{}, depth: map[Ref]int{}, parent: map[Ref]Ref{}, used: map[nestedID]bool{}, living: map[Ref]bool{}, all: map[int]*Mount{}}
+	for i := range b.Container.Mounts {
+		n.all[b.Container.Mounts[i].ID] = &b.Container.Mounts[i]
+	}
 	for i := range b.Container.Namespaces {
 		n.types[b.Container.Namespaces[i].Ref] = b.Container.Namespaces[i].Type
 	}
@@ -54,6 +56,7 @@ type nesting struct {
 	parent map[Ref]Ref // of pid namespaces
 	used   map[nestedID]bool
 	living map[Ref]bool // not known to be dead
+	all    map[int]*Mount
 }
 
 type nestedID struct {
@@ -74,7 +77,7 @@ func (n *nesting) add(ns *NestedNamespace) error {
 		return errors.New("only a pid namespace has a parent and dies with its init")
 	case (ns.User != nil) != (ns.Type == "user"), (ns.UTS != nil) != (ns.Type == "uts"), (ns.Time != nil) != (ns.Type == "time"):
 		return errors.New("what is in it is not what its type has")
-	case ns.Changes != nil && ns.Type != "mnt":
+	case (ns.Mounts != nil) != (ns.Type == "mnt"):
 		return errors.New("what is in it is not what its type has")
 	case ns.UTS != nil && (len(ns.UTS.Hostname) > maxHostname || len(ns.UTS.Domainname) > maxHostname):
 		return fmt.Errorf("a name in it is longer than %d bytes", maxHostname)
@@ -88,34 +91,33 @@ func (n *nesting) add(ns *NestedNamespace) error {
 			return fmt.Errorf("it is %d deep", n.depth[ns.Ref])
 		}
 	}
-	for i := range ns.Changes {
-		if err := n.change(&ns.Changes[i]); err != nil {
-			return err
-		}
+	if err := n.mounts(ns); err != nil {
+		return err
 	}
 	return checkUserNamespace(ns.User)
 }
 
-// change checks one change of mounts. Flags are left to the kernel, which knows
-// nothing but what mount(2) lets anybody ask for.
-func (n *nesting) change(c *MountChange) error {
-	switch {
-	case !slices.Contains([]string{MountPropagation, MountRemount, MountBind, MountTmpfs, MountProc}, c.Op):
-		return fmt.Errorf("a change of mounts of kind %s", quote(c.Op))
-	case !strings.HasPrefix(c.Point, "/") || (c.Op == MountBind) != strings.HasPrefix(c.From, "/"):
-		return fmt.Errorf("a %s mount with the paths %s and %s", c.Op, quote(c.Point), quote(c.From))
-	case c.Space != 0 && (c.Op != MountProc || n.types[c.Space] != "pid" || !n.nested(c.Space)):
-		return fmt.Errorf("a %s mount of pid namespace %d", c.Op, c.Space)
-	case c.Flags&^mountFlags != 0:
-		return fmt.Errorf("a %s mount with flags %#x", c.Op, c.Flags)
+// mounts checks those of a mount namespace: whose file systems they show, and
+// whose pids.
+func (n *nesting) mounts(ns *NestedNamespace) error {
+	for i := range ns.Mounts {
+		m := &ns.Mounts[i]
+		if m.Space != 0 && (m.Own != MountNew || m.FSType != "proc" || n.types[m.Space] != "pid" || !n.nested(m.Space)) {
+			return fmt.Errorf("a %s mount of pid namespace %d", quote(m.FSType), m.Space)
+		}
+		if n.all[m.ID] != nil {
+			return fmt.Errorf("mount %d stands twice", m.ID)
+		}
 	}
-	return nil
+	if ns.Type != "mnt" {
+		return nil
+	}
+	_, err := ns.OwnMounts(n.all)
+	for i := range ns.Mounts {
+		n.all[ns.Mounts[i].ID] = &ns.Mounts[i]
+	}
+	return err
 }
-
-// mountFlags are those that a change may have: MS_RDONLY, NOSUID, NODEV and
-// NOEXEC; NOSYMFOLLOW, NOATIME, NODIRATIME, REC; UNBINDABLE, PRIVATE, SLAVE and
-// SHARED; RELATIME and STRICTATIME.
-const mountFlags = 0xf | 0x100 | 0x400 | 0x800 | 0x4000 | 0x1e0000 | 0x200000 | 0x1000000
 
 func checkUserNamespace(u *UserNamespace) error {
 	if u == nil {

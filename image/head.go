@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Head is the metadata of a stream, sections 1 to 5. One returned by
@@ -76,6 +77,21 @@ func (h *Head) Task(pid int32) *Task { return h.tasks[pid] }
 
 // Process returns the process pid of the tree, or nil if there is none.
 func (h *Head) Process(pid int32) *Process { return h.processes[pid] }
+
+// Mount returns the mount with an id, of the container or of a namespace that a
+// task has made; nil for none.
+func (h *Head) Mount(id int) *Mount {
+	lists := [][]Mount{h.Container.Mounts}
+	for i := range h.Tree.Namespaces {
+		lists = append(lists, h.Tree.Namespaces[i].Mounts)
+	}
+	for _, list := range lists {
+		if i := slices.IndexFunc(list, func(m Mount) bool { return m.ID == id }); i >= 0 {
+			return &list[i]
+		}
+	}
+	return nil
+}
 
 // UserOf returns the user namespace that the process pid is in, or nil if that
 // is the container's own.

@@ -11,6 +11,7 @@ import (
 // empty. The container has the references 1 and 2.
 func nestedSample() (Container, Tree) {
 	c := sampleContainer()
+	c.Mounts = []Mount{{ID: 1, Root: "/x", Point: "/"}}
 	c.Namespaces = []Namespace{{Ref: 1, Type: "user", Inode: 1}, {Ref: 2, Type: "pid", Inode: 2}}
 	zombie := func(pid, ppid int32) Process {
 		return Process{Pid: pid, Ppid: ppid, Pgid: 1, Sid: 1, Pids: []int32{4000 + pid, pid}, Zombie: true}
@@ -22,8 +23,11 @@ func nestedSample() (Container, Tree) {
 			{Ref: 4, Type: "uts", Inode: 4, Owner: 3, UTS: &UTSNamespace{Hostname: "inner\x1b[2J"}},
 			{Ref: 5, Type: "pid", Inode: 5, Owner: 3, Parent: 2},
 			{Ref: 6, Type: "pid", Owner: 3, Parent: 5},
-			{Ref: 7, Type: "mnt", Owner: 3, Changes: []MountChange{
-				{Op: MountPropagation, Point: "/", Flags: 0x44000}, {Op: MountBind, Point: "/b", From: "/a"}, {Op: MountProc, Point: "/proc", Space: 5},
+			{Ref: 7, Type: "mnt", Owner: 3, Mounts: []Mount{
+				{ID: 11, Parent: 9, Root: "/", Point: "/", Own: MountCopy, From: 1},
+				{ID: 12, Parent: 11, Root: "/", Point: "/t", FSType: "tmpfs", Own: MountNew},
+				{ID: 13, Parent: 12, Root: "/a", Point: "/t/b", FSType: "tmpfs", Own: MountBind, From: 12},
+				{ID: 14, Parent: 11, Root: "/", Point: "/proc", FSType: "proc", Own: MountNew, Space: 5},
 			}},
 			{Ref: 8, Type: "pid", Owner: 1, Parent: 2},
 		},
@@ -91,12 +95,18 @@ func TestBadNesting(t *testing.T) {
 		"not positive or used twice":         func(tree *Tree) { tree.Processes[2].Inner.Threads[0][0] = 0 },
 		"has processes and no init":          func(tree *Tree) { tree.Processes[2].Inner.Threads[0][0] = 2 },
 		"namespaces are more than":           func(tree *Tree) { tree.Namespaces = make([]NestedNamespace, maxNested+1) },
-		"mounts of kind":                     func(tree *Tree) { tree.Namespaces[4].Changes[0].Op = "overlay" },
-		"mount with the paths \"b\"":         func(tree *Tree) { tree.Namespaces[4].Changes[1].Point = "b" },
-		"mount with the paths":               func(tree *Tree) { tree.Namespaces[4].Changes[0].From = "/x" },
-		"with flags 0x8000000":               func(tree *Tree) { tree.Namespaces[4].Changes[0].Flags = 0x8000000 },
-		"mount of pid namespace 2":           func(tree *Tree) { tree.Namespaces[4].Changes[2].Space = 2 },
-		"mount of pid namespace 5":           func(tree *Tree) { tree.Namespaces[4].Changes[1].Space = 5 },
+		"in the unknown way":                 func(tree *Tree) { tree.Namespaces[4].Mounts[1].Own = "move" },
+		"made in no way":                     func(tree *Tree) { tree.Namespaces[4].Mounts[1].Own = "" },
+		"its point is no path":               func(tree *Tree) { tree.Namespaces[4].Mounts[1].Point = "t" },
+		"copy of nothing":                    func(tree *Tree) { tree.Namespaces[4].Mounts[0].From = 2 },
+		"on which it stands":                 func(tree *Tree) { tree.Namespaces[4].Mounts[3].Parent = 1 },
+		"\"tmpfs\" mount of pid namespace":   func(tree *Tree) { tree.Namespaces[4].Mounts[1].Space = 5 },
+		"mount of pid namespace 2":           func(tree *Tree) { tree.Namespaces[4].Mounts[3].Space = 2 },
+		"mount 1 stands twice":               func(tree *Tree) { tree.Namespaces[4].Mounts[3].ID = 1 },
+		"several roots": func(tree *Tree) {
+			m := tree.Namespaces[4].Mounts
+			m[1].Point, m[1].Parent, m[3].Point, m[3].Parent = "/", 0, "/", 0
+		},
 		"it is 33 deep": func(tree *Tree) {
 			tree.Namespaces = tree.Namespaces[:5]
 			tree.Namespaces[4] = NestedNamespace{Ref: 7, Type: "pid", Owner: 3, Parent: 6}

@@ -186,8 +186,9 @@ type Mount struct {
 	FSType   string `cbor:"7,keyasint"`
 	Source   string `cbor:"8,keyasint"`
 	Super    string `cbor:"9,keyasint"`
-	Own      string `cbor:"10,keyasint,omitempty"` // how the container has made it itself: MountNew or MountBind
-	From     int    `cbor:"11,keyasint,omitempty"` // of a bind mount: a mount of the same file system that has Root in it
+	Own      string `cbor:"10,keyasint,omitempty"` // how the container has made it itself: MountNew, MountBind or MountCopy
+	From     int    `cbor:"11,keyasint,omitempty"` // of a bind mount: a mount of the same file system that has Root in it; of a copy: the container's
+	Space    Ref    `cbor:"12,keyasint,omitempty"` // of a new proc: the nested pid namespace that it shows, 0 for the container's
 }
 
 // Link is one network device with what is set on it.
@@ -209,38 +210,24 @@ type Tree struct {
 // NestedNamespace is a namespace that a task of the container has made. Exactly
 // the part its type needs is set.
 type NestedNamespace struct {
-	Ref     Ref            `cbor:"1,keyasint"`
-	Type    string         `cbor:"2,keyasint"`
-	Inode   uint64         `cbor:"3,keyasint"`
-	Owner   Ref            `cbor:"4,keyasint"`           // the user namespace that owns it, the parent of a user namespace
-	Parent  Ref            `cbor:"5,keyasint,omitempty"` // of a pid namespace
-	User    *UserNamespace `cbor:"6,keyasint,omitempty"`
-	UTS     *UTSNamespace  `cbor:"7,keyasint,omitempty"`
-	Time    *TimeNamespace `cbor:"8,keyasint,omitempty"`
-	Changes []MountChange  `cbor:"9,keyasint,omitempty"`  // of a mount namespace, to a copy of the container's
-	Dead    bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
+	Ref    Ref            `cbor:"1,keyasint"`
+	Type   string         `cbor:"2,keyasint"`
+	Inode  uint64         `cbor:"3,keyasint"`
+	Owner  Ref            `cbor:"4,keyasint"`           // the user namespace that owns it, the parent of a user namespace
+	Parent Ref            `cbor:"5,keyasint,omitempty"` // of a pid namespace
+	User   *UserNamespace `cbor:"6,keyasint,omitempty"`
+	UTS    *UTSNamespace  `cbor:"7,keyasint,omitempty"`
+	Time   *TimeNamespace `cbor:"8,keyasint,omitempty"`
+	Mounts []Mount        `cbor:"12,keyasint,omitempty"` // of a mount namespace
+	Dead   bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
 }
 
-// What a MountChange does, and how a container has made a Mount of its own.
+// How a mount has come about that the engine has not made.
 const (
-	MountPropagation = "propagation"
-	MountRemount     = "remount"
-	MountBind        = "bind"
-	MountNew         = "new" // a file system mounted anew
-	MountTmpfs       = "tmpfs"
-	MountProc        = "proc"
+	MountNew  = "new"  // a file system mounted anew
+	MountBind = "bind" // a part of one that is mounted elsewhere
+	MountCopy = "copy" // in a mount namespace of a task's: it was there when that was made
 )
-
-// MountChange is one call of mount(2) by which a task's mount namespace came to
-// differ from the container's.
-type MountChange struct {
-	Op    string `cbor:"1,keyasint"`
-	Point string `cbor:"2,keyasint"`
-	From  string `cbor:"3,keyasint,omitempty"` // of a bind mount
-	Flags uint64 `cbor:"4,keyasint,omitempty"` // MS_*
-	Data  string `cbor:"5,keyasint,omitempty"`
-	Space Ref    `cbor:"6,keyasint,omitempty"` // the pid namespace that a proc shows, 0 for the container's
-}
 
 // UserNamespace is what is set on a user namespace. Host ids of its maps are
 // those of the container's user namespace.
@@ -658,7 +645,7 @@ type File struct {
 	Signalfd *Signalfd `cbor:"14,keyasint,omitempty"`
 	Socket   *Socket   `cbor:"15,keyasint,omitempty"`
 	Pid      int32     `cbor:"16,keyasint,omitempty"` // proc: the process the path is below
-	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it is on, in Container.Mounts, where another has covered its path
+	Mnt      int32     `cbor:"17,keyasint,omitempty"` // id of the mount it is on, of the container or of Inside, where another has covered its path
 	Opener   int32     `cbor:"18,keyasint,omitempty"` // pid of a task that holds it, whose credentials open it
 	Removed  Ref       `cbor:"19,keyasint,omitempty"` // regular, directory and path: the file, where Path does not name it any more
 	Owner    *Owner    `cbor:"20,keyasint,omitempty"` // who gets signals about it

@@ -321,8 +321,8 @@ func (n *NestedNamespace) holds() string {
 		return fmt.Sprintf("monotonic %v", time.Duration(n.Time.Monotonic))
 	case n.Dead:
 		return "dead"
-	case n.Changes != nil:
-		return count(uint64(len(n.Changes)), "change")
+	case n.Mounts != nil:
+		return count(uint64(len(n.Mounts)), "mount")
 	}
 	return ""
 }

@@ -109,7 +109,7 @@ func (n *census) innerPid(host int32) int32 {
 
 // remade reports whether a device is one of them.
 func (n *census) remade(dev uint64) bool {
-	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev && t.Point != image.RootPoint })
+	return slices.ContainsFunc(n.memory, func(t *tmpfs.Tree) bool { return t.Dev() == dev && !t.IsRoot() })
 }
 
 func (p *process) name() string { return task.Name(p.inner, p.tgid, p.comm) }
@@ -155,7 +155,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		Inner: n.innerPid, Promise: c.promiseFor(running),
 	})
 	n.nested = namespace.NewSet(namespace.Env{
-		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.record.Mounts,
+		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.mounts,
 	})
 	n.files.Views, n.files.Place, n.files.Apart = n.nested.Views, n.viewOf, n.nested.Apart
 	if err := n.scanQueues(c); err != nil {
@@ -189,6 +189,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	}
 	if err := n.nested.Describe(); err != nil && !(running && errors.Is(err, tracee.ErrGone)) {
 		return err
+	}
+	if err := n.scanNestedTmpfs(c); err != nil {
+		return goneIs(c.initPid, err)
 	}
 	if err := n.findSharing(running); err != nil {
 		return err
@@ -254,9 +257,8 @@ func (n *census) findTerminals() error {
 
 // scanAll reads what the processes hold.
 func (n *census) scanAll(running bool) error {
-	procs := n.procs
-	n.procs = nil
-	for _, p := range procs {
+	var there []*process
+	for _, p := range n.procs {
 		err := n.scan(p)
 		if running && errors.Is(err, tracee.ErrGone) {
 			continue
@@ -264,8 +266,9 @@ func (n *census) scanAll(running bool) error {
 		if err != nil {
 			return fail.In(p.name(), err)
 		}
-		n.procs = append(n.procs, p)
+		there = append(there, p)
 	}
+	n.procs = there
 	return nil
 }
 

@@ -41,7 +41,7 @@ func (g *grants) checkImage(head *image.Head) error {
 	if err := g.checkCgroups(head); err != nil {
 		return err
 	}
-	if err := g.checkMounts(&head.Container); err != nil {
+	if err := g.checkMounts(head); err != nil {
 		return err
 	}
 	for _, o := range head.Objects {

@@ -17,7 +17,9 @@ import (
 // (mm/lend.go): who is forked from whom is what package forest plans, so the
 // donor of a process is the one that the plan forks it from. Contents are written
 // in the order of the plan: at restore, a process that lends is filled before it
-// forks, and whatever comes before its pages is for processes that are there.
+// forks, and whatever comes before its pages is for processes that are there. One
+// that has mapped what only a mount namespace of a task shows does not lend: that
+// namespace is made when all have been forked.
 
 // findDonors sorts the processes in the order of the plan and finds out of which
 // others they borrow pages.
@@ -41,7 +43,7 @@ func (n *census) findDonors(steps []forest.Step) error {
 	slices.SortStableFunc(n.procs, func(a, b *process) int { return order[a.inner] - order[b.inner] })
 	seen, lends := map[*mm.Space]bool{}, map[*mm.Space]bool{}
 	for _, p := range n.procs {
-		if from := forker[p.inner]; from != nil && !seen[p.space] && from.space != p.space {
+		if from := forker[p.inner]; from != nil && !seen[p.space] && from.space != p.space && !from.space.Maps(n.files.MappedInside) {
 			if err := p.space.Borrow(from.space); err != nil {
 				return fail.In(p.name(), err)
 			}
@@ -163,6 +165,10 @@ func (r *restore) beforeFork(ctx context.Context, pid int) error {
 		if whole {
 			r.lending.holds[pid] = t.MM
 		}
+		return nil
+	}
+	if r.maker.MapsInside(r.head.MM(t.MM)) { // no checkpoint asks for it
+		r.lending.filled[t.MM] = false
 		return nil
 	}
 	whole, err := r.fillUntil(ctx, t.MM)

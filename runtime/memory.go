@@ -86,6 +86,45 @@ func (c *container) scanTmpfs() (trees []*tmpfs.Tree, err error) {
 	return trees, nil
 }
 
+// scanNestedTmpfs reads those that only mount namespaces of tasks show.
+func (n *census) scanNestedTmpfs(c *container) error {
+	for _, v := range n.nested.Views() {
+		for i := range v.Mounts {
+			m := &v.Mounts[i]
+			if m.Own != image.MountNew || m.FSType != "tmpfs" {
+				continue
+			}
+			t, err := scanView(v.Set, m, c.maps)
+			if err != nil {
+				return err
+			}
+			n.memory = append(n.memory, t)
+		}
+	}
+	return nil
+}
+
+// scanView reads the file system in memory that is mounted somewhere by the
+// container.
+func scanView(set *mount.Set, m *image.Mount, ids tmpfs.IDs) (*tmpfs.Tree, error) {
+	view, err := set.View(m.ID)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.FcntlInt(view.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), m.Point)
+	t, err := tmpfs.Scan(f, m.Point, nil, ids, nil)
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	t.Mount(int32(m.ID))
+	return t, nil
+}
+
 // openBelow opens the root of a mount: as it would be without what the container
 // has mounted on it, where it has.
 func (c *container) openBelow(m *image.Mount, covered bool) (*os.File, error) {
@@ -116,7 +155,8 @@ func (c *container) openBelow(m *image.Mount, covered bool) (*os.File, error) {
 // makeTmpfs fills the new container's file systems in memory with what those
 // of the image held, all but the bytes of files.
 func (r *restore) makeTmpfs() error {
-	r.memory = tmpfs.NewMaker(r.head, r.maker, file.Refs(r.head))
+	r.memory = tmpfs.NewMaker(r.head, r.maker, file.Refs(r.head), nil, func(root *image.Inode) bool { return !r.foreign(int(root.Mnt)) })
+	r.memories = append(r.memories, r.memory)
 	roots := r.memory.Roots()
 	if len(roots) == 0 {
 		return nil

@@ -3,6 +3,7 @@ package runtime
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -13,7 +14,8 @@ import (
 )
 
 // checkMounts refuses an image with mounts that the bundle lets nobody make.
-func (g *grants) checkMounts(c *image.Container) error {
+func (g *grants) checkMounts(head *image.Head) error {
+	c := &head.Container
 	if g.has(unix.CAP_SYS_ADMIN) {
 		return nil
 	}
@@ -21,6 +23,12 @@ func (g *grants) checkMounts(c *image.Container) error {
 	for i := range c.Mounts {
 		if m := &c.Mounts[i]; m.Own != "" {
 			return fail.Refuse("mount "+m.Point, why, remedy)
+		}
+	}
+	for i := range head.Tree.Namespaces {
+		n := &head.Tree.Namespaces[i]
+		if n.Type == "mnt" && head.Nested(n.Owner) == nil {
+			return fail.Refuse("mnt namespace", why, remedy)
 		}
 	}
 	for _, point := range c.Unmounted {
@@ -52,7 +60,7 @@ func (r *restore) prepareMounts() error {
 	if err := r.mayMount(); err != nil {
 		return err
 	}
-	r.mounts = m
+	r.mounts, r.mounted = m, append(r.mounted, m)
 	return m.Prepare()
 }
 
@@ -84,7 +92,9 @@ func (r *restore) mayMount() error {
 // attachMounts puts the container's own mounts in place, and keeps open what they
 // cover and somebody holds.
 func (r *restore) attachMounts() error {
-	places := r.maker.Covered()
+	places := slices.DeleteFunc(r.maker.Covered(), func(p mount.Place) bool {
+		return !slices.ContainsFunc(r.head.Container.Mounts, func(m image.Mount) bool { return m.ID == p.Mount })
+	})
 	if r.mounts == nil {
 		if len(places) > 0 {
 			return fail.Refuse(places[0].Path, "it is covered by a mount that the bundle lets nobody make", "restore with the bundle of the checkpoint")

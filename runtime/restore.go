@@ -84,24 +84,29 @@ type restore struct {
 	cgroup  *cgroupfreeze.Cgroup
 	service *tracee.Service
 	maker   *file.Maker
-	memory  *tmpfs.Maker
-	root    *rootDiff
-	mounts  *mount.Maker // nil where they are as the engine makes them
-	ipc     *sysv.Maker
-	undone  map[uint32]bool      // semaphore undo lists that have their adjustments
-	stubs   map[int]*tracee.Stub // by pid inside the container
-	threads map[int][]*tracee.Stub
-	filler  *mm.Filler
-	users   users
-	cgroups *cgroup.Maker
-	vforked map[int32]*image.Task // children that come to be by vfork, with their parents
-	full    uint64                // the stubs' capabilities
-	hole    uint64                // free in all address spaces, for the service area
-	nested  *namespace.Maker
-	hinted  map[int][]forest.Step // threads whose ids must be chosen for them, by pid
-	forked  map[int]int           // the order of forks
-	parts   map[int][]part        // what threads enter when they are there, by pid
-	keepers []int                 // ghosts in namespaces of threads
+	memory  *tmpfs.Maker // with the rights of the bundle's process
+	// memories are all that fill file systems in memory, mounted all that make
+	// mounts.
+	memories []*tmpfs.Maker
+	mounted  []*mount.Maker
+	lent     map[int]*os.File // file systems that one mount namespace has made for others, by mount
+	root     *rootDiff
+	mounts   *mount.Maker // nil where they are as the engine makes them
+	ipc      *sysv.Maker
+	undone   map[uint32]bool      // semaphore undo lists that have their adjustments
+	stubs    map[int]*tracee.Stub // by pid inside the container
+	threads  map[int][]*tracee.Stub
+	filler   *mm.Filler
+	users    users
+	cgroups  *cgroup.Maker
+	vforked  map[int32]*image.Task // children that come to be by vfork, with their parents
+	full     uint64                // the stubs' capabilities
+	hole     uint64                // free in all address spaces, for the service area
+	nested   *namespace.Maker
+	hinted   map[int][]forest.Step // threads whose ids must be chosen for them, by pid
+	forked   map[int]int           // the order of forks
+	parts    map[int][]part        // what threads enter when they are there, by pid
+	keepers  []int                 // ghosts in namespaces of threads
 
 	holds    []*sock.Hold // that keep off the packets of connections
 	contents *contents
@@ -153,8 +158,8 @@ func (r *restore) close() {
 	if r.maker != nil {
 		r.maker.Close()
 	}
-	if r.memory != nil {
-		r.memory.Close()
+	for _, m := range r.memories {
+		m.Close()
 	}
 	if r.root != nil {
 		_ = r.root.Close()
@@ -369,7 +374,7 @@ func (r *restore) grow(ctx context.Context) error {
 	if err := r.placeTasks(); err != nil {
 		return err
 	}
-	if err := r.nested.Mounts(r.stubs); err != nil {
+	if err := r.makeNestedMounts(); err != nil {
 		return err
 	}
 	if err := r.maker.OpenInside(r.stubs); err != nil {
@@ -599,8 +604,10 @@ func (r *restore) put(c *image.Content) error {
 		r.ipc.Fill(c.Ref, c.Raw)
 		return nil
 	}
-	if r.memory.Has(c.Ref) {
-		return r.memory.Fill(c.Ref, c.Offset, c.Raw)
+	for _, m := range r.memories {
+		if m.Has(c.Ref) {
+			return m.Fill(c.Ref, c.Offset, c.Raw)
+		}
 	}
 	if c.Type == image.TypeBytes {
 		return r.maker.Fill(c.Ref, c.Offset, c.Raw)
@@ -629,13 +636,18 @@ func (r *restore) finish(ctx context.Context) error {
 	if err := r.maker.Seal(); err != nil {
 		return err
 	}
-	for _, finish := range []func() error{r.memory.Finish, r.ipc.Send, r.ipc.Finish} {
+	for _, m := range r.memories {
+		if err := m.Finish(); err != nil {
+			return err
+		}
+	}
+	for _, finish := range []func() error{r.ipc.Send, r.ipc.Finish} {
 		if err := finish(); err != nil {
 			return err
 		}
 	}
-	if r.mounts != nil {
-		if err := r.mounts.Finish(); err != nil {
+	for _, m := range r.mounted {
+		if err := m.Finish(); err != nil {
 			return err
 		}
 	}

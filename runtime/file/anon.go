@@ -238,5 +238,9 @@ var shmem = kind{
 // reopen adds the open of another description of an inode that has no path,
 // through /proc of the container.
 func (m *Maker) reopen(b *tracee.Batch, fd int, flags uint32) int {
-	return b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), b.String("/proc/self/fd/"+strconv.Itoa(fd)), tracee.W(flags&^creationFlags|unix.O_CLOEXEC))
+	dir, path := tracee.W(unix.AT_FDCWD), "/proc/self/fd/"+strconv.Itoa(fd)
+	if len(m.kept) > 0 { // the stub may be where there is none
+		dir, path = tracee.W(m.kept[0]), "self/fd/"+strconv.Itoa(fd)
+	}
+	return b.Add(unix.SYS_OPENAT, dir, b.String(path), tracee.W(flags&^creationFlags|unix.O_CLOEXEC))
 }

@@ -178,6 +178,9 @@ func (m *Maker) Make() error {
 	if err := m.takeGiven(); err != nil {
 		return err
 	}
+	if err := m.reserve(); err != nil {
+		return err
+	}
 	if err := m.makeRemoved(); err != nil {
 		return err
 	}
@@ -289,7 +292,7 @@ func (m *Maker) opens() (n int) {
 			}
 		}
 	}
-	return n + len(m.Given)
+	return n + len(m.Given) + len(m.Covered())
 }
 
 // OpenRoot opens a directory of the container that other rooms work in, in the
@@ -344,6 +347,108 @@ func (m *Maker) RaiseIn(s *tracee.Stub, fd int) (int, error) {
 		return 0, err
 	}
 	return up[0], nil
+}
+
+// Hand returns a descriptor as it is: all others have it too.
+func (m *Maker) Hand(fd int) (int, error) { return fd, nil }
+
+// reserve takes numbers in the table, and so in every stub to come, for what can
+// be opened only when tasks are in mount namespaces of their own: places that
+// mounts in there cover, and files that are mapped from there.
+func (m *Maker) reserve() error {
+	var places []mount.Place
+	for _, p := range m.Covered() {
+		if _, held := m.covered[p]; !held {
+			places = append(places, p)
+		}
+	}
+	mapped := m.mappedInside()
+	if len(places)+len(mapped) == 0 {
+		return nil
+	}
+	var b tracee.Batch
+	for range len(places) + len(mapped) {
+		b.Add(unix.SYS_FCNTL, tracee.W(m.stdio[0]), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
+	}
+	if _, err := m.stub.Run(&b); err != nil {
+		return fmt.Errorf("reserve descriptors: %w", err)
+	}
+	if m.covered == nil {
+		m.covered = map[mount.Place]int{}
+	}
+	for i, p := range places {
+		m.covered[p] = int(b.Calls[i].Ret)
+	}
+	for i, ref := range mapped {
+		m.fds[ref] = int(b.Calls[len(places)+i].Ret)
+	}
+	return nil
+}
+
+// mappedInside lists the mapped files that are opened in mount namespaces of tasks.
+func (m *Maker) mappedInside() (refs []image.Ref) {
+	for _, ref := range Refs(m.head) {
+		if space, ok := m.head.Objects[ref].(*image.MM); ok {
+			for _, f := range m.insideOf(space) {
+				if !slices.Contains(refs, f) {
+					refs = append(refs, f)
+				}
+			}
+		}
+	}
+	return refs
+}
+
+// insideOf lists those of one address space.
+func (m *Maker) insideOf(space *image.MM) (refs []image.Ref) {
+	add := func(ref image.Ref) {
+		if f := m.head.File(ref); f != nil && f.Inside != 0 && !slices.Contains(refs, ref) {
+			refs = append(refs, ref)
+		}
+	}
+	add(space.Exe)
+	for i := range space.Areas {
+		add(space.Areas[i].File)
+	}
+	return refs
+}
+
+// MapsInside reports an address space that can be made only when tasks are in the
+// mount namespaces that they have made.
+func (m *Maker) MapsInside(space *image.MM) bool { return len(m.insideOf(space)) > 0 }
+
+// install puts a file under a number that was reserved for it into a stub.
+func (m *Maker) install(s *tracee.Stub, f *os.File, number int) error {
+	fd, err := m.Send(s, f)
+	if err != nil {
+		return err
+	}
+	var b tracee.Batch
+	b.Add(unix.SYS_DUP3, tracee.W(fd), tracee.W(number), tracee.W(unix.O_CLOEXEC))
+	b.Add(unix.SYS_CLOSE, tracee.W(fd))
+	_, err = s.Run(&b)
+	return err
+}
+
+// CoverInside gives the stubs in a mount namespace of tasks the places that mounts
+// cover there; they are held by one of them.
+func (m *Maker) CoverInside(by *tracee.Stub, ns image.Ref, held map[mount.Place]int, stubs map[int]*tracee.Stub) error {
+	for p, fd := range held {
+		f, err := by.Take(fd)
+		if err != nil {
+			return err
+		}
+		for i := range m.head.Tree.Processes {
+			one := &m.head.Tree.Processes[i]
+			if s := stubs[int(one.Pid)]; err == nil && s != nil && !one.Zombie && m.mounts(one) == ns {
+				err = m.install(s, f, m.covered[p])
+			}
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			return fail.On(p.Path, err)
+		}
+	}
+	return nil
 }
 
 // moveUp moves descriptors into the table and returns their new numbers.
@@ -1070,6 +1175,22 @@ func (m *Maker) OpenInside(stubs map[int]*tracee.Stub) error {
 		}
 		if err := m.openInside(stubs, ref, f); err != nil {
 			return fail.On(f.Kind+" "+f.Path, err)
+		}
+	}
+	return m.mapInside(stubs)
+}
+
+// mapInside gives stubs what their tasks have mapped from such namespaces.
+func (m *Maker) mapInside(stubs map[int]*tracee.Stub) error {
+	for _, t := range m.head.Tasks {
+		s := stubs[int(t.Pid)]
+		if s == nil {
+			continue
+		}
+		for _, ref := range m.insideOf(m.head.MM(t.MM)) {
+			if err := m.install(s, m.late[ref], m.fds[ref]); err != nil {
+				return fail.On("mapped file "+m.head.File(ref).Path, err)
+			}
 		}
 	}
 	return nil

@@ -45,7 +45,7 @@ func (s *Set) locate(v *namespace.View, text string, st *unix.Stat_t, link strin
 	err := resolves(v.Root, text, st)
 	path, deleted := strings.CutSuffix(text, deletedSuffix)
 	if err == nil || !deleted {
-		if s.Covered == nil {
+		if s.Covered == nil && v.Ref == nil {
 			return where{path: text}, err
 		}
 		mnt, e := mountOf(unix.AT_FDCWD, link)

@@ -22,6 +22,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/sock"
@@ -273,7 +274,8 @@ type Set struct {
 	connections []*object.Object
 	unreads     []*unread
 	flying      []*os.File // descriptors in flight
-	placed      []func()   // complete records with the mount namespaces of their paths
+	mappedIn    map[*object.Object]bool
+	placed      []func() // complete records with the mount namespaces of their paths
 }
 
 // Env is what the room must know of the container.
@@ -332,7 +334,7 @@ func NewSet(env Env) *Set {
 	if env.Places == nil {
 		env.Places = NewPlaces()
 	}
-	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, pipes: map[fileID]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}, unixOf: map[uint64]*unixSocket{}}
+	return &Set{Env: env, mapped: map[mappedKey]*object.Object{}, mappedIn: map[*object.Object]bool{}, pipes: map[fileID]*pipe{}, removed: map[fileID]*removed{}, ptys: map[int]*pty{}, unixOf: map[uint64]*unixSocket{}}
 }
 
 // AddTable reads the descriptor table of a process.
@@ -588,7 +590,9 @@ func (s *Set) view(one *seen) *namespace.View {
 	return nil
 }
 
-func (s *Set) own() *namespace.View { return &namespace.View{Root: s.Root, Mounts: s.Mounts} }
+func (s *Set) own() *namespace.View {
+	return &namespace.View{Set: &mount.Set{Env: mount.Env{Root: s.Root}, Mounts: s.Mounts}}
+}
 
 // external reports a file of a mount that the container does not have.
 func (s *Set) external(one *seen) bool { return s.view(one) == nil }
@@ -620,7 +624,11 @@ func (s *Set) inPlace(d *Description) error {
 // covered reports a file that its path does not lead to because the container has
 // mounted something over it. The same file may be there, in another mount.
 func (s *Set) covered(v *namespace.View, path string, mnt int, st *unix.Stat_t) bool {
-	if s.Covered == nil || v.Ref != nil {
+	look := s.Covered
+	if v.Ref != nil {
+		look = v.Covered
+	}
+	if look == nil {
 		return false
 	}
 	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
@@ -631,7 +639,7 @@ func (s *Set) covered(v *namespace.View, path string, mnt int, st *unix.Stat_t) 
 			return false
 		}
 	}
-	return s.Covered(mnt, path, st)
+	return look(mnt, path, st)
 }
 
 // mountOf is the id of the mount that a path from a directory leads to.
@@ -704,8 +712,14 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 		return o, nil
 	}
 	at, err := s.locate(s.own(), path, &st, link)
+	var in *namespace.View
 	if err != nil {
-		return nil, err
+		if in = s.mountedIn(link); in == nil {
+			return nil, err
+		}
+		if at, err = s.locate(in, path, &st, link); err != nil {
+			return nil, err
+		}
 	}
 	name, gone := at.path, at.gone
 	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: name, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode, Mnt: at.mnt}
@@ -724,7 +738,31 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	}
 	s.mapped[key] = o
 	s.maps = append(s.maps, o)
+	if in != nil && gone == nil {
+		s.mappedIn[o] = true
+		s.placed = append(s.placed, func() { rec.Inside = *in.Ref })
+	}
 	return o, nil
+}
+
+// MappedInside reports a mapped file that is reached only in a mount namespace
+// that a task has made.
+func (s *Set) MappedInside(o *object.Object) bool { return s.mappedIn[o] }
+
+// mountedIn is the mount namespace of tasks that what a link of /proc leads to is
+// mounted in, nil for none.
+func (s *Set) mountedIn(link string) *namespace.View {
+	if s.Views == nil || len(s.Views()) == 0 {
+		return nil
+	}
+	mnt, err := mountOf(unix.AT_FDCWD, link)
+	if err != nil {
+		return nil
+	}
+	if v := s.view(&seen{mnt: mnt}); v != nil && v.Ref != nil {
+		return v
+	}
+	return nil
 }
 
 // viewOf is the mount namespace that a process is in.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
@@ -96,6 +97,11 @@ func (s *Space) Borrow(donor *Space) error {
 	}
 	s.donor = nil
 	return err
+}
+
+// Maps reports whether a file for which f is true is mapped, or executed.
+func (s *Space) Maps(f func(*object.Object) bool) bool {
+	return s.exe != nil && f(s.exe) || slices.ContainsFunc(s.files, func(o *object.Object) bool { return o != nil && f(o) })
 }
 
 // errFound ends a search.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -27,6 +28,9 @@ type Stub interface {
 	AsBundle(fill func(b *tracee.Batch)) (*tracee.Batch, error)
 	// Raise moves a descriptor out of the way of those of the tasks.
 	Raise(fd int) (int, error)
+	// Hand gives a descriptor to the stub that makes the other mounts, and returns
+	// its number there.
+	Hand(fd int) (int, error)
 }
 
 // Maker changes the mounts that the engine has made for a new container into
@@ -44,6 +48,22 @@ type Maker struct {
 	is  *configs.Config
 	pid int // of the stub
 
+	mounts []image.Mount // that are to be
+	// nested is the namespace where it is one that a task has made; foreign where
+	// another user namespace than the container's owns it.
+	nested  *image.NestedNamespace
+	foreign bool
+	// Other makes file systems that show which namespaces their maker is in, nil
+	// for the stub itself.
+	Other func(r *image.Mount) Stub
+	// sources are descriptors, in every stub, of new file systems that mounts
+	// elsewhere show too, by ids of the image; lent those that are to be.
+	sources map[int]int
+	lent    map[int]bool
+	copies  map[int]int    // ids of copies by those of the container's mounts
+	old     int            // the root that another is to take the place of
+	early   []*image.Mount // file systems for such namespaces
+
 	order  []*image.Mount           // the container's own, each behind what it stands on
 	match  map[int]*mountinfo.Info  // what the engine has made of the bundle's, by ids of the image
 	ours   map[*mountinfo.Info]bool // of these
@@ -60,6 +80,7 @@ func NewMaker(stub Stub, pid int, head *image.Head, have []*mountinfo.Info, is *
 	m := &Maker{
 		stub: stub, head: head, have: have, ids: task.IDMaps{UID: head.Container.UIDMap, GID: head.Container.GIDMap}, is: is, pid: pid,
 		match: map[int]*mountinfo.Info{}, ours: map[*mountinfo.Info]bool{}, roots: map[int]int{}, fills: map[int]int{}, seals: map[int]int{},
+		mounts: head.Container.Mounts, sources: map[int]int{}, lent: map[int]bool{},
 	}
 	var err error
 	if m.order, err = head.Container.OwnMounts(); err != nil {
@@ -69,6 +90,7 @@ func NewMaker(stub Stub, pid int, head *image.Head, have []*mountinfo.Info, is *
 		return nil, fmt.Errorf("the image's configuration: %w", err)
 	}
 	m.pair()
+	m.lend()
 	return m, nil
 }
 
@@ -132,6 +154,9 @@ func (m *Maker) Stays() (points []string) {
 
 // changed are the mounts of the bundle's that the container has changed.
 func (m *Maker) changed() (out []*image.Mount) {
+	if m.nested != nil {
+		return m.changedCopies()
+	}
 	for i := range m.head.Container.Mounts {
 		r := &m.head.Container.Mounts[i]
 		if h := m.match[r.ID]; h != nil && m.unchanged(r.Point) && m.differs(r, h) {
@@ -149,7 +174,7 @@ func (m *Maker) differs(r *image.Mount, h *mountinfo.Info) bool {
 
 // Needed reports whether the mounts are not yet what they are to be.
 func (m *Maker) Needed() bool {
-	return len(m.order) > 0 || len(m.head.Container.Unmounted) > 0 || len(m.changed()) > 0
+	return len(m.order) > 0 || len(m.early) > 0 || len(m.head.Container.Unmounted) > 0 || len(m.changed()) > 0
 }
 
 // Fills are descriptors, in the stub, of the new file systems in memory, by ids of
@@ -194,8 +219,25 @@ func (m *Maker) Prepare() error {
 			return err
 		}
 	}
+	if err := m.createAll(); err != nil {
+		return err
+	}
+	for _, r := range m.early {
+		if err := m.create(r); err != nil {
+			return err
+		}
+		if err := m.shut(r.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// createAll makes the new file systems but for overlays, whose layers must be
+// there.
+func (m *Maker) createAll() error {
 	for _, r := range m.order {
-		if r.Own == image.MountNew && r.FSType != "overlay" {
+		if r.Own == image.MountNew && r.FSType != "overlay" && m.sources[r.ID] == 0 {
 			if err := m.create(r); err != nil {
 				return err
 			}
@@ -204,14 +246,12 @@ func (m *Maker) Prepare() error {
 	return nil
 }
 
-// openRoots opens the roots of the engine's mounts. One that another covers is
-// missed only where it is needed.
+// openRoots opens the roots of the mounts that are there. One that another covers
+// is missed only where it is needed.
 func (m *Maker) openRoots() error {
 	var list []*image.Mount
-	for i := range m.head.Container.Mounts {
-		if r := &m.head.Container.Mounts[i]; m.match[r.ID] != nil {
-			list = append(list, r)
-		}
+	for _, id := range slices.Sorted(maps.Keys(m.match)) {
+		list = append(list, m.byID(id))
 	}
 	first := 0
 	b, err := m.stub.AsBundle(func(b *tracee.Batch) {
@@ -280,6 +320,9 @@ func (m *Maker) shut(id int) error {
 
 // root is the descriptor of a mount's root.
 func (m *Maker) root(id int) (int, error) {
+	if copy, ok := m.copies[id]; ok {
+		id = copy
+	}
 	fd, ok := m.roots[id]
 	if !ok {
 		return 0, fail.Refuse("", "the bundle does not make the mount that it needs, or covers it", "restore with the bundle of the checkpoint")
@@ -305,11 +348,16 @@ func (m *Maker) unmount() error {
 
 // setattr adds a mount_setattr(2).
 func setattr(b *tracee.Batch, fd int, set, clear, propagation uint64) {
+	setattrBelow(b, fd, 0, set, clear, propagation)
+}
+
+// setattrBelow adds one of a mount or, with AT_RECURSIVE, of all below it too.
+func setattrBelow(b *tracee.Batch, fd int, flags, set, clear, propagation uint64) {
 	var attr []byte // struct mount_attr
 	for _, v := range []uint64{set, clear, propagation, 0} {
 		attr = binary.LittleEndian.AppendUint64(attr, v)
 	}
-	b.Add(unix.SYS_MOUNT_SETATTR, tracee.W(fd), b.String(""), tracee.W(unix.AT_EMPTY_PATH), b.Put(attr), tracee.W(len(attr)))
+	b.Add(unix.SYS_MOUNT_SETATTR, tracee.W(fd), b.String(""), tracee.W(flags|unix.AT_EMPTY_PATH), b.Put(attr), tracee.W(len(attr)))
 }
 
 // loosen takes from a mount what the container has taken from it, so that files
@@ -396,6 +444,31 @@ func (m *Maker) reconfigure(r *image.Mount, fd int, options []option) error {
 // create makes a file system and a mount of it, at no place yet. One in memory is
 // filled through a clone, which stays writable.
 func (m *Maker) create(r *image.Mount) error {
+	var other Stub
+	if m.Other != nil {
+		other = m.Other(r)
+	}
+	if other == nil {
+		fd, err := m.newMount(r)
+		if err != nil {
+			return err
+		}
+		return m.created(r, fd)
+	}
+	there := *m
+	there.stub = other
+	fd, err := there.newMount(r)
+	if err == nil {
+		fd, err = other.Hand(fd)
+	}
+	if err != nil {
+		return err
+	}
+	return m.created(r, fd)
+}
+
+// newMount makes a file system and a mount of it in the stub.
+func (m *Maker) newMount(r *image.Mount) (int, error) {
 	attr, err := attributesOf(r.Options)
 	if err == nil && !fresh[r.FSType] && !ofKernel[r.FSType] {
 		err = fail.Refuse("", "a file system of type "+r.FSType+" is not made for an image", "")
@@ -405,7 +478,10 @@ func (m *Maker) create(r *image.Mount) error {
 		options, err = optionsOf(r, m.ids)
 	}
 	if err != nil {
-		return fail.On("mount "+r.Point, err)
+		return 0, fail.On("mount "+r.Point, err)
+	}
+	if m.foreign {
+		options = slices.DeleteFunc(options, func(o option) bool { return r.FSType == "tmpfs" && (o.key == "uid" || o.key == "gid") })
 	}
 	options = append([]option{{"source", r.Source}}, options...)
 	if r.FSType != "tmpfs" && !ofKernel[r.FSType] && readOnly(r.Super) {
@@ -415,13 +491,15 @@ func (m *Maker) create(r *image.Mount) error {
 		b.Add(unix.SYS_FSOPEN, b.String(r.FSType), tracee.W(unix.FSOPEN_CLOEXEC))
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	at := 0
 	b, err := m.run(r, func(b *tracee.Batch) {
-		if r.FSType == "tmpfs" { // where the options do not say otherwise
-			configure(b, fs, []option{{"uid", "0"}, {"gid", "0"}})
+		if r.FSType == "tmpfs" {
 			attr &^= unix.MOUNT_ATTR_RDONLY
+			if !m.foreign { // where the options do not say otherwise
+				configure(b, fs, []option{{"uid", "0"}, {"gid", "0"}})
+			}
 		}
 		configure(b, fs, options)
 		b.Add(unix.SYS_FSCONFIG, tracee.W(fs), tracee.W(unix.FSCONFIG_CMD_CREATE), tracee.W(0), tracee.W(0), tracee.W(0))
@@ -429,24 +507,42 @@ func (m *Maker) create(r *image.Mount) error {
 		b.Add(unix.SYS_CLOSE, tracee.W(fs))
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
-	m.roots[r.ID] = int(b.Calls[at].Ret)
-	if r.FSType != "tmpfs" {
+	return int(b.Calls[at].Ret), nil
+}
+
+// created keeps what is needed of a new file system besides its mount.
+func (m *Maker) created(r *image.Mount, whole int) (err error) {
+	m.roots[r.ID] = whole
+	if r.FSType == "tmpfs" && r.Root != "/" {
+		if m.roots[r.ID], err = m.partOfNew(r, m.roots[r.ID]); err != nil {
+			return err
+		}
+	}
+	if r.FSType != "tmpfs" && !m.lent[r.ID] {
 		return nil
 	}
-	clone, err := m.clone(r, m.roots[r.ID], "")
+	up, err := m.keep(r)
 	if err != nil {
 		return err
 	}
-	up, err := m.stub.Raise(clone)
-	if err != nil {
-		return err
+	if m.sources[r.ID] = up; r.FSType != "tmpfs" {
+		return nil
 	}
 	if m.fills[r.ID] = up; readOnly(r.Super) {
 		m.seals[r.ID] = up
 	}
 	return nil
+}
+
+// keep clones a mount into the table.
+func (m *Maker) keep(r *image.Mount) (int, error) {
+	clone, err := m.clone(r, m.roots[r.ID], "")
+	if err != nil {
+		return 0, err
+	}
+	return m.stub.Raise(clone)
 }
 
 // clone makes a mount of a part of what another shows, without what is mounted
@@ -467,6 +563,18 @@ func (m *Maker) part(r, from *image.Mount, fd int) (int, error) {
 	rel, ok := image.Below(r.Root, from.Root)
 	if !ok {
 		return 0, fail.On("mount "+r.Point, errors.New("it is no part of what it was bound from"))
+	}
+	if m.foreign && rel != "." { // mounts below keep the whole from being cloned
+		at, err := m.one(r, func(b *tracee.Batch) { openat(b, fd, rel, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV, false) })
+		if err != nil {
+			return 0, err
+		}
+		part, err := m.clone(r, at, "")
+		if err != nil {
+			return 0, err
+		}
+		_, err = m.run(r, func(b *tracee.Batch) { b.Add(unix.SYS_CLOSE, tracee.W(at)) })
+		return part, err
 	}
 	whole, err := m.clone(r, fd, "")
 	if err != nil || rel == "." {
@@ -497,6 +605,9 @@ type Place struct {
 // get covered are opened before; their descriptors are returned.
 func (m *Maker) Attach(places []Place) (map[Place]int, error) {
 	m.held, m.points = map[Place]int{}, map[int]int{}
+	places = slices.DeleteFunc(slices.Clone(places), func(p Place) bool {
+		return !slices.ContainsFunc(m.mounts, func(r image.Mount) bool { return r.ID == p.Mount })
+	})
 	for id := range m.roots {
 		if err := m.hold(id, places); err != nil {
 			return nil, err
@@ -516,6 +627,9 @@ func (m *Maker) Attach(places []Place) (map[Place]int, error) {
 		if _, ok := m.held[p]; !ok {
 			return nil, fail.On(p.Path, errors.New("the mount that it is on is not there"))
 		}
+	}
+	if err := m.pivot(); err != nil {
+		return nil, err
 	}
 	if err := m.settle(); err != nil {
 		return nil, err
@@ -556,49 +670,72 @@ func openIn(b *tracee.Batch, fd int, rel string) int {
 	return openat(b, fd, rel, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV, false)
 }
 
-func (m *Maker) byID(id int) *image.Mount {
-	for i := range m.head.Container.Mounts {
-		if m.head.Container.Mounts[i].ID == id {
-			return &m.head.Container.Mounts[i]
-		}
-	}
-	return nil
-}
+func (m *Maker) byID(id int) *image.Mount { return m.head.Mount(id) }
 
 // attach mounts one mount on its parent.
 func (m *Maker) attach(r *image.Mount) error {
 	parent := m.byID(r.Parent)
 	point, there := m.points[r.ID]
+	if m.nested != nil && r == m.nested.Pivoted() {
+		point, there = m.old, true
+	}
 	if !there {
 		_, err := m.root(r.Parent)
 		return fail.On("mount "+r.Point, err)
 	}
 	var err error
-	if h := m.match[r.Parent]; h != nil && sharingOf(h.Optional).peers != 0 && sharingOf(parent.Optional).peers != 0 {
+	if h := m.match[r.Parent]; m.nested == nil && h != nil && sharingOf(h.Optional).peers != 0 && sharingOf(parent.Optional).peers != 0 {
 		return fail.On("mount "+r.Point, fail.Refuse("", "what it stands on is shared with mounts outside of the container", "restore with the bundle of the checkpoint"))
 	}
 	switch {
 	case r.Own == image.MountNew && r.FSType == "overlay": // its layers are there by now
 		err = m.create(r)
-	case r.Own == image.MountBind:
-		var source int
-		if source, err = m.root(r.From); err == nil {
-			m.roots[r.ID], err = m.part(r, m.byID(r.From), source)
-		}
-		err = fail.On("mount "+r.Point, err)
+	case m.roots[r.ID] == 0:
+		err = fail.On("mount "+r.Point, m.bind(r))
 	}
 	if err != nil {
 		return err
 	}
 	_, err = m.run(r, func(b *tracee.Batch) {
-		if is := sharingOf(r.Optional); is.peers == 0 && is.master == 0 {
-			setattr(b, m.roots[r.ID], 0, 0, unix.MS_PRIVATE)
-		}
+		m.apart(b, r)
 		b.Add(unix.SYS_MOVE_MOUNT, tracee.W(m.roots[r.ID]), b.String(""), tracee.W(point), b.String(""),
 			tracee.W(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
-		b.Add(unix.SYS_CLOSE, tracee.W(point))
+		if m.nested == nil || point != m.old {
+			b.Add(unix.SYS_CLOSE, tracee.W(point))
+		}
 	})
 	return err
+}
+
+// bind makes a mount of a part of another, at no place yet.
+func (m *Maker) bind(r *image.Mount) error {
+	from := r.From
+	if r.Own == image.MountNew { // made for several
+		from = r.ID
+	}
+	source, ok := m.sources[from]
+	if !ok {
+		var err error
+		if source, err = m.root(from); err != nil {
+			return err
+		}
+	}
+	var err error
+	m.roots[r.ID], err = m.part(r, m.byID(from), source)
+	return err
+}
+
+// apart adds the change of how a mount hands on events before it is attached: as
+// long as mounts are, none of them shares any.
+func (m *Maker) apart(b *tracee.Batch, r *image.Mount) {
+	is := sharingOf(r.Optional)
+	switch was := m.natural(r); {
+	case is == was && m.nested != nil:
+	case is.master != 0 && is.master == was.peers:
+		setattr(b, m.roots[r.ID], 0, 0, unix.MS_SLAVE)
+	case is.peers == 0 && is.master == 0 || m.nested != nil:
+		setattr(b, m.roots[r.ID], 0, 0, unix.MS_PRIVATE)
+	}
 }
 
 // settle gives mounts their options, and then lets them share events: as long as
@@ -614,7 +751,7 @@ func (m *Maker) settle() error {
 		}
 	}
 	for _, r := range m.changed() {
-		if changeable[r.FSType] == nil || !readOnly(r.Super) || readOnly(m.match[r.ID].VFSOptions) {
+		if m.nested != nil || changeable[r.FSType] == nil || !readOnly(r.Super) || readOnly(m.match[r.ID].VFSOptions) {
 			continue
 		}
 		clone, err := m.clone(r, m.roots[r.ID], "")

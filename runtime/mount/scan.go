@@ -31,7 +31,8 @@ type Env struct {
 	Maps   task.IDMaps
 }
 
-// Set is every mount of a container.
+// Set is every mount of a container, or of a mount namespace that a task of it has
+// made.
 type Set struct {
 	Env
 	Mounts []image.Mount
@@ -43,6 +44,13 @@ type Set struct {
 	own   bool              // some are the container's
 	host  []*mountinfo.Info
 	views map[int]*os.File
+
+	// Of a mount namespace that a task has made: the container's set and those of
+	// the namespaces before, and which pid namespaces its new /procs show, by the
+	// ids of their mounts.
+	nested *Nested
+	outer  []*Set
+	Spaces map[int]uint64
 }
 
 // Scan reads a container's mounts and tells whose they are. It refuses those that
@@ -90,6 +98,9 @@ func (s *Set) Close() error {
 		errs = errors.Join(errs, f.Close())
 	}
 	clear(s.views)
+	if s.nested != nil {
+		errs = errors.Join(errs, s.Root.Close())
+	}
 	return errs
 }
 
@@ -225,9 +236,9 @@ func (s *Set) findUnmounted(left map[string][]want) {
 // or a part of one that is mounted elsewhere.
 func (s *Set) recipes() error {
 	for i := range s.Mounts {
-		if m := &s.Mounts[i]; m.Own != "" && s.source(i, func(o *image.Mount) bool { return o.Own == "" }) == nil {
+		if m := &s.Mounts[i]; m.Own != "" && s.source(s.infos[i], func(o *image.Mount) bool { return o.Own == "" }) == nil {
 			whole := m.Root == "/" || (m.FSType == "cgroup" || m.FSType == "cgroup2") && slices.Contains(slices.Collect(maps.Values(s.Groups)), m.Root)
-			if !whole || s.source(i, func(o *image.Mount) bool { return o.ID != m.ID && o.Root == m.Root && o.From == -1 }) != nil {
+			if !whole || s.source(s.infos[i], func(o *image.Mount) bool { return o.ID != m.ID && o.Root == m.Root && o.From == -1 }) != nil {
 				continue
 			}
 			m.From = -1 // made anew, for now
@@ -238,7 +249,7 @@ func (s *Set) recipes() error {
 		if m.Own == "" || m.From == -1 {
 			continue
 		}
-		from := s.source(i, func(o *image.Mount) bool { return o.Own == "" || o.From == -1 })
+		from := s.source(s.infos[i], func(o *image.Mount) bool { return o.Own == "" || o.From == -1 })
 		if from == nil {
 			return fail.Refuse("mount "+m.Point, "what this "+m.FSType+" was bound from, "+m.Root+", is not mounted in the container any more, or never was", "unmount it before the checkpoint")
 		}
@@ -252,10 +263,9 @@ func (s *Set) recipes() error {
 	return nil
 }
 
-// source is a mount, among those that may be one, of the same file system as
-// mount i that has its root in it.
-func (s *Set) source(i int, may func(*image.Mount) bool) (found *image.Mount) {
-	m := s.infos[i]
+// source is a mount of the set, among those that may be one, of the same file
+// system as another that has its root in it.
+func (s *Set) source(m *mountinfo.Info, may func(*image.Mount) bool) (found *image.Mount) {
 	for j, o := range s.infos {
 		if o.Major != m.Major || o.Minor != m.Minor || !within(m.Root, o.Root) || !may(&s.Mounts[j]) {
 			continue
@@ -279,16 +289,20 @@ func (s *Set) check(m *image.Mount) error {
 	switch {
 	case slices.Contains(strings.Split(m.Options, ","), idmapped):
 		return fail.Refuse("", "it is idmapped, and nothing tells how", "unmount it before the checkpoint")
-	case m.Point == "/proc" && (m.FSType != "proc" || m.Root != "/"):
+	case s.nested == nil && m.Point == "/proc" && (m.FSType != "proc" || m.Root != "/"):
 		return fail.Refuse("", "it hides the container's /proc, through which it is restored", "unmount it before the checkpoint")
 	case strings.HasSuffix(m.Root, "//deleted"):
 		return fail.Refuse("", "what was mounted there is deleted", "unmount it before the checkpoint")
-	case parent == nil:
-		return fail.Refuse("", "it stands on nothing that the container's init can reach", "")
-	case s.handsOut(parent):
+	case parent == nil && (s.nested == nil || m.Point != "/"):
+		return fail.Refuse("", "it stands on nothing that can be reached there", "")
+	case parent != nil && s.handsOut(parent):
 		return fail.Refuse("", "what it stands on is shared with mounts outside of the container, and it would appear there once more", "unmount it before the checkpoint, or do not share "+parent.Point+" with the host")
 	}
-	if err := s.checkGroups(m); err != nil || m.Own == image.MountBind {
+	err := s.checkGroups(m)
+	if err == nil && s.nested != nil {
+		err = s.checkNested(parent)
+	}
+	if err != nil || m.Own == image.MountBind {
 		return err
 	}
 	if !fresh[m.FSType] && !ofKernel[m.FSType] {
@@ -328,22 +342,20 @@ func (s *Set) handsOut(m *image.Mount) bool {
 // the kernel puts a mount into the group of one that it lies in
 // (MOVE_MOUNT_SET_GROUP of move_mount(2)).
 func (s *Set) checkGroups(m *image.Mount) error {
-	is := sharingOf(m.Optional)
-	if is.master != 0 && s.leader(is.master) == nil {
-		from := s.byID(m.From)
-		if from == nil || sharingOf(from.Optional).master == 0 {
+	is, all := sharingOf(m.Optional), s.all()
+	if is.master != 0 && leader(all, is.master) == nil {
+		i := slices.IndexFunc(all, func(o image.Mount) bool { return o.ID == m.From })
+		if i < 0 || sharingOf(all[i].Optional).master == 0 {
 			return fail.Refuse("", "it gets mount events from outside of the container", "make it private before the checkpoint")
 		}
 	}
 	for _, group := range []int{is.peers, is.master} {
-		if l := s.leader(group); l != nil && !within(m.Root, l.Root) {
+		if l := leader(all, group); l != nil && !within(m.Root, l.Root) {
 			return fail.Refuse("", "no mount of its peer group shows all that the others do", "make it private before the checkpoint")
 		}
 	}
 	return nil
 }
-
-func (s *Set) leader(group int) *image.Mount { return leader(s.Mounts, group) }
 
 // leader is the mount of a peer group with the shortest root.
 func leader(mounts []image.Mount, group int) (found *image.Mount) {
@@ -368,7 +380,12 @@ func (s *Set) checkProc(m *image.Mount) error {
 	if err != nil {
 		return fail.Refuse("", "which pid namespace it shows cannot be told: "+err.Error(), "unmount it before the checkpoint")
 	}
-	if inode, err := nsutil.Parse(string(link[:n])); err != nil || inode != s.PidNS {
+	inode, err := nsutil.Parse(string(link[:n]))
+	if err == nil && s.nested != nil {
+		s.Spaces[m.ID] = inode
+		return s.nested.Shows(inode)
+	}
+	if err != nil || inode != s.PidNS {
 		return fail.Refuse("", "it does not show the container's pid namespace", "unmount it before the checkpoint")
 	}
 	return nil
@@ -561,9 +578,7 @@ func (s *Set) uncover(from *os.File, m *image.Mount) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	f := os.NewFile(uintptr(fd), "mountinfo")
-	defer f.Close()
-	list, err := mountinfo.GetMountsFromReader(f, nil)
+	list, err := readMounts(fd)
 	if err != nil {
 		return -1, err
 	}
@@ -583,6 +598,12 @@ func (s *Set) uncover(from *os.File, m *image.Mount) (int, error) {
 	return -1, errCovered
 }
 
+func readMounts(fd int) ([]*mountinfo.Info, error) {
+	f := os.NewFile(uintptr(fd), "mountinfo")
+	defer f.Close()
+	return mountinfo.GetMountsFromReader(f, nil)
+}
+
 // aside is where copies of a container's mounts are put in a namespace that goes
 // with the thread.
 const aside = "/proc"
@@ -592,7 +613,7 @@ const aside = "/proc"
 // of a user namespace would be locked together (mount_namespaces(7)), and are
 // carried over as a tree; that lacks unbindable ones.
 func (s *Set) copyMounts(from *os.File, m *image.Mount) (base string, err error) {
-	carry := s.Maps.UID != nil && !sharingOf(m.Optional).unbindable
+	carry := (s.Maps.UID != nil || s.nested != nil && s.nested.Foreign) && !sharingOf(m.Optional).unbindable
 	tree := -1
 	if carry {
 		if tree, err = unix.OpenTree(unix.AT_FDCWD, "/", unix.OPEN_TREE_CLONE|unix.AT_RECURSIVE|unix.O_CLOEXEC); err != nil {

@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -13,49 +14,52 @@ import (
 
 // share makes mounts hand on events as they did: who gets events first becomes a
 // peer of those who hand them on (MOVE_MOUNT_SET_GROUP of move_mount(2)) and then
-// their slave; so groups come behind those that they depend on.
+// their slave; so groups come behind those that they depend on, and in each the
+// mount that shows most is first.
 func (m *Maker) share() error {
-	mounts := m.head.Container.Mounts
 	now, err := m.sharingNow()
 	if err != nil {
 		return err
 	}
-	done := map[int]bool{0: true} // groups
-	var group func(id int) error
-	group = func(id int) error {
-		if done[id] {
-			return nil
+	var settled, rest []*image.Mount
+	for i := range m.mounts {
+		r := &m.mounts[i]
+		switch {
+		case r.Own == "" && m.match[r.ID] == nil:
+		case m.stays(r, now[r.ID]):
+			settled = append(settled, r)
+		default:
+			rest = append(rest, r)
 		}
-		done[id] = true
-		first := leader(mounts, id)
-		if first == nil {
-			return nil // outside of the container
-		}
-		if err := group(sharingOf(first.Optional).master); err != nil {
-			return err
-		}
-		return m.shareGroup(id, first, now)
 	}
-	for i := range mounts {
-		r := &mounts[i]
-		is, was := sharingOf(r.Optional), now[r.ID]
-		if m.match[r.ID] != nil && (!m.unchanged(r.Point) || is.like(was) && !m.withOwn(is.peers)) || m.match[r.ID] == nil && r.Own == "" {
-			continue
+	slices.SortStableFunc(rest, func(a, b *image.Mount) int { return len(a.Root) - len(b.Root) })
+	for len(rest) > 0 {
+		i := slices.IndexFunc(rest, func(r *image.Mount) bool {
+			master := sharingOf(r.Optional).master
+			return master == 0 || !slices.ContainsFunc(rest, func(o *image.Mount) bool { return sharingOf(o.Optional).peers == master })
+		})
+		if i < 0 {
+			return fail.On("mount "+rest[0].Point, errors.New("it gets its own events"))
 		}
-		if err := group(is.peers); err != nil {
+		if err := m.shareOne(rest[i], settled, now[rest[i].ID]); err != nil {
 			return err
 		}
-		if is.peers != 0 {
-			continue
-		}
-		if err := group(is.master); err != nil {
-			return err
-		}
-		if err := m.shareAlone(r, is, was); err != nil {
-			return err
-		}
+		settled = append(settled, rest[i])
+		rest = slices.Delete(rest, i, i+1)
 	}
 	return nil
+}
+
+// stays reports a mount that hands on events as it is to already.
+func (m *Maker) stays(r *image.Mount, was sharing) bool {
+	is := sharingOf(r.Optional)
+	switch {
+	case m.nested != nil && (r.Own == image.MountCopy || r.Own == image.MountBind):
+		return is == m.natural(r)
+	case m.match[r.ID] == nil:
+		return false
+	}
+	return !m.unchanged(r.Point) || is.like(was) && (!m.withOwn(is.peers) || r == leader(m.mounts, is.peers))
 }
 
 // sharingNow is how the mounts whose roots are open hand on events now.
@@ -100,70 +104,68 @@ func (m *Maker) join(b *tracee.Batch, r, of *image.Mount) {
 		tracee.W(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH|unix.MOVE_MOUNT_SET_GROUP))
 }
 
-// shareGroup makes a peer group.
-func (m *Maker) shareGroup(id int, first *image.Mount, now map[int]sharing) error {
-	mounts := m.head.Container.Mounts
-	for i := range mounts {
-		r := &mounts[i]
-		is := sharingOf(r.Optional)
-		if is.peers != id {
-			continue
-		}
-		if _, err := m.root(r.ID); err != nil {
-			return fail.On("mount "+r.Point, err)
-		}
-		master := leader(mounts, is.master)
-		if r.Own != "" && r == first && is.master != 0 && master == nil && now[r.ID].master == 0 {
-			return m.noMaster(r)
-		}
-		if _, err := m.run(r, func(b *tracee.Batch) {
-			switch {
-			case r != first:
-				m.join(b, r, first)
-			case master != nil:
-				m.join(b, r, master)
-				m.propagation(b, r, unix.MS_SLAVE)
-				m.propagation(b, r, unix.MS_SHARED)
-			default:
-				m.propagation(b, r, unix.MS_SHARED)
-			}
-		}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (m *Maker) noMaster(r *image.Mount) error {
-	return fail.On("mount "+r.Point, fail.Refuse("", "it got mount events from outside of the container, and nothing here does", "restore with the bundle of the checkpoint"))
-}
-
-// shareAlone makes a mount private, unbindable, or a slave.
-func (m *Maker) shareAlone(r *image.Mount, is, was sharing) error {
+// shareOne makes one mount hand on events as it did, by those that do already.
+func (m *Maker) shareOne(r *image.Mount, settled []*image.Mount, was sharing) error {
 	if _, err := m.root(r.ID); err != nil {
 		return fail.On("mount "+r.Point, err)
 	}
-	master := leader(m.head.Container.Mounts, is.master)
-	if is.master != 0 && master == nil && was.master == 0 {
-		if r.Own == "" {
+	is := sharingOf(r.Optional)
+	with := func(peers, master int) *image.Mount {
+		i := slices.IndexFunc(settled, func(q *image.Mount) bool {
+			s := sharingOf(q.Optional)
+			_, open := m.roots[q.ID]
+			return open && s.peers == peers && s.master == master && within(r.Root, q.Root)
+		})
+		if i < 0 {
+			return nil
+		}
+		return settled[i]
+	}
+	above := func() *image.Mount { // of the group that it gets events from
+		i := slices.IndexFunc(settled, func(q *image.Mount) bool {
+			_, open := m.roots[q.ID]
+			return open && sharingOf(q.Optional).peers == is.master && within(r.Root, q.Root)
+		})
+		if i < 0 {
+			return nil
+		}
+		return settled[i]
+	}
+	same, slave, master := with(is.peers, is.master), with(0, is.master), above()
+	if is.master != 0 && same == nil && slave == nil && master == nil && was.master == 0 {
+		if r.Own == "" && is.peers == 0 {
 			return nil // as the bundle makes it on this host
 		}
 		return m.noMaster(r)
 	}
 	_, err := m.run(r, func(b *tracee.Batch) {
 		switch {
+		case is.unbindable:
+			m.propagation(b, r, unix.MS_UNBINDABLE)
+			return
+		case is.peers == 0 && is.master == 0:
+			m.propagation(b, r, unix.MS_PRIVATE)
+			return
+		case same != nil:
+			m.join(b, r, same)
+			return
+		case is.master == 0:
 		case master != nil:
 			m.join(b, r, master)
 			m.propagation(b, r, unix.MS_SLAVE)
-		case is.master != 0: // it has one
-		case is.unbindable:
-			m.propagation(b, r, unix.MS_UNBINDABLE)
-		default:
-			m.propagation(b, r, unix.MS_PRIVATE)
+		case slave != nil:
+			m.join(b, r, slave)
+		}
+		if is.peers != 0 {
+			m.propagation(b, r, unix.MS_SHARED)
 		}
 	})
 	if err != nil {
 		err = fmt.Errorf("propagation: %w", err)
 	}
 	return err
+}
+
+func (m *Maker) noMaster(r *image.Mount) error {
+	return fail.On("mount "+r.Point, fail.Refuse("", "it got mount events from outside of the container, and nothing here does", "restore with the bundle of the checkpoint"))
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/mount"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
@@ -28,7 +29,7 @@ type Env struct {
 	Init   int               // pid of its init, on the host
 	Depth  int               // levels of pid namespaces down to the container's
 	Maps   task.IDMaps
-	Mounts []image.Mount
+	Mounts *mount.Set
 }
 
 // Set is every namespace that tasks have made.
@@ -37,6 +38,7 @@ type Set struct {
 	byInode map[uint64]*Namespace
 	list    []*Namespace // owners and parents first, once described
 	clock   int          // a pid whose timens_offsets are the container's
+	mounted []*mount.Set // of mount namespaces
 }
 
 // Namespace is one of them.
@@ -52,10 +54,10 @@ type Namespace struct {
 	member bool       // some task is in it
 	pids   []int      // of a mount namespace: the tasks in it
 	view   *View      // of a mount namespace
-	// mounters are, of a mount namespace, where its tasks are otherwise; procs
-	// the pid namespaces that its changes are about.
+	// mounters are, of a mount namespace, where its tasks are otherwise; spaces the
+	// pid namespaces that its new /procs show, by mount.
 	mounters []mounter
-	procs    []*Namespace
+	spaces   map[int]uint64
 }
 
 // mounter is the pid and the user namespace of a task, nil for the container's.
@@ -307,14 +309,26 @@ func (s *Set) sort() {
 		visit(n.parent)
 		sorted = append(sorted, n)
 	}
-	for _, last := range []bool{false, true} { // mounts show pid namespaces
+	for _, turn := range []int{0, 1, 2} {
 		for _, n := range s.list {
-			if (n.Record.Type == "mnt") == last {
+			if n.turn() == turn {
 				visit(n)
 			}
 		}
 	}
 	s.list = sorted
+}
+
+// turn puts mounts, which show pid namespaces, behind these, and those of user
+// namespaces of tasks last: what others have mounted too is made by these.
+func (n *Namespace) turn() int {
+	switch {
+	case n.Record.Type != "mnt":
+		return 0
+	case n.owner == nil:
+		return 1
+	}
+	return 2
 }
 
 // Records gives every namespace its reference and returns their records. own
@@ -334,13 +348,10 @@ func (s *Set) Records(newRef func() image.Ref, user, pid image.Ref) []image.Nest
 		}
 	}
 	for _, n := range s.list {
-		i := 0
-		for j := range n.Record.Changes {
-			if c := &n.Record.Changes[j]; c.Op == image.MountProc {
-				if c.Space = 0; n.procs[i] != nil {
-					c.Space = n.procs[i].Record.Ref
-				}
-				i++
+		for i := range n.Record.Mounts {
+			m := &n.Record.Mounts[i]
+			if space := s.byInode[n.spaces[m.ID]]; space != nil {
+				m.Space = space.Record.Ref
 			}
 		}
 		out = append(out, n.Record)

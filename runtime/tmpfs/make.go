@@ -74,16 +74,35 @@ type piece struct {
 	data   []byte
 }
 
-// NewMaker sorts the inodes of an image; refs ascend.
-func NewMaker(head *image.Head, stub Stub, refs []image.Ref) *Maker {
+// NewMaker sorts the inodes of an image, those of the file systems whose roots are
+// the maker's; refs ascend. Ids, if not nil, translate the container's into those
+// that the stub has to use.
+func NewMaker(head *image.Head, stub Stub, refs []image.Ref, ids IDs, mine func(root *image.Inode) bool) *Maker {
 	m := &Maker{stub: stub, head: head, roots: map[image.Ref]*fresh{}, entries: map[image.Ref]*entry{}}
 	for _, ref := range refs {
-		if n := head.Inode(ref); n != nil {
-			m.order = append(m.order, ref)
-			m.entries[ref] = m.entry(ref, n)
+		n := head.Inode(ref)
+		if n == nil || n.Point != "" && !mine(n) || n.Point == "" && m.entries[n.Names[0].Dir] == nil {
+			continue
 		}
+		if ids != nil {
+			n = translate(n, ids)
+		}
+		m.order = append(m.order, ref)
+		m.entries[ref] = m.entry(ref, n)
 	}
 	return m
+}
+
+// translate is an inode with other ids.
+func translate(n *image.Inode, ids IDs) *image.Inode {
+	out := *n
+	out.UID, out.GID = ids.User(n.UID), ids.Group(n.GID)
+	out.Xattrs = slices.Clone(n.Xattrs)
+	for i := range out.Xattrs {
+		x := &out.Xattrs[i]
+		x.Value = inside(ids, x.Name, slices.Clone(x.Value))
+	}
+	return &out
 }
 
 // entry finds where an inode goes.

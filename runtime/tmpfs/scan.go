@@ -186,6 +186,9 @@ func (t *Tree) Close() error {
 	return t.root.Close()
 }
 
+// IsRoot reports the container's root file system, which is not made anew.
+func (t *Tree) IsRoot() bool { return t.Point == image.RootPoint && t.dirs[0].record.Mnt == 0 }
+
 // within opens a path of the tree; nothing on the way may lead out of it.
 func (t *Tree) within(path string, flags uint64) (*os.File, error) {
 	how := unix.OpenHow{

@@ -17,6 +17,10 @@
  *	r	mount /proc anew
  *	f	mount a tmpfs over /tmp		b	bind /etc over /sys
  *	o	hold the network namespace open
+ *	y	mount a tmpfs over /tmp and fill it; hold a file open and stand there
+ *	a	mount another tmpfs over that
+ *	v	share /tmp with /tmp/peer, and have slaves of it
+ *	q	make a tmpfs the root, with parts of the old one (pivot_root)
  *	d	hold a directory and a file open, and stand, in /tmp
  *	w	open a unix and a TCP socket
  *	j	join all namespaces but the user's of the child forked last
@@ -119,25 +123,39 @@ static void note_status(struct text *s)
 				text_add(s, "%s\n", line);
 }
 
-/* Mounts without their ids and those of their peer groups. */
+static int by_text(const void *a, const void *b)
+{
+	return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+/* Mounts without their ids and those of their peer groups, sorted. */
 static void note_mounts(struct text *s)
 {
-	static __thread struct text all;
+	static __thread struct text all, one;
+	const char *lines[128];
+	int n = 0;
 
-	all.len = 0;
+	all.len = one.len = 0;
 	note_file(&all, "thread-self/mountinfo");
 	for (char *rest, *line = strtok_r(all.buf, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
 		char *at = line, *tail = strstr(line, " - ");
 
 		for (int skip = 0; tail && skip < 3; skip++)
 			at = strchr(at, ' ') + 1;
-		for (; tail && at < tail + 3; at++)
+		if (!tail)
+			continue;
+		need(n < (int)COUNT(lines));
+		lines[n++] = one.buf + one.len;
+		for (; at < tail + 3; at++)
 			if (*at < '0' || *at > '9' || at[-1] == '/' ||
 			    (at[-1] >= 'a' && at[-1] <= 'z'))
-				text_add(s, "%c", *at);
-		if (tail)
-			text_add(s, "%s\n", strtok_r(tail + 3, " ", &at));
+				text_add(&one, "%c", *at);
+		text_add(&one, "%s", strtok_r(tail + 3, " ", &at));
+		one.len++;	/* and its end */
 	}
+	qsort(lines, n, sizeof(lines[0]), by_text);
+	for (int i = 0; i < n; i++)
+		text_add(s, "%s\n", lines[i]);
 }
 
 /* The processes that the /proc in place shows. */
@@ -244,6 +262,53 @@ static void compare(struct text *was, struct text *is)
 	fail("it was %s, it is %s", was->buf + at, is->buf + at);
 }
 
+static int memory = -1, top = -1;	/* held open by step y */
+static int below;	/* something covers it */
+static int shared;	/* step v */
+
+static void check_content(int at)
+{
+	struct stat st, now;
+	char text[32] = "";
+
+	need(!fstat(memory, &st) && st.st_size == 300000 && st.st_blocks <= 16 && st.st_nlink == 2);
+	need(pread(memory, text, 7, 0) == 7 && !strcmp(text, "content"));
+	need(!fstatat(at, "f", &now, 0) && now.st_ino == st.st_ino && now.st_dev == st.st_dev);
+	need(!fstatat(top, "link", &now, 0) && now.st_ino == st.st_ino);
+	need(readlinkat(top, "symlink", text, sizeof(text)) == 7 && !memcmp(text, "nowhere", 7));
+	need(!fstatat(top, "fifo", &now, 0) && now.st_mode == (S_IFIFO | 0640));
+	need(lseek(memory, 0, SEEK_CUR) == 3);
+}
+
+/* A mount appears with the peers and the slaves. */
+static void check_shared(void)
+{
+	struct stat st, now;
+
+	need(!mount("event", "/tmp/peer/point", "tmpfs", 0, NULL));
+	need(!stat("/tmp/point", &st) && !stat("/tmp/peer/point", &now) && st.st_dev == now.st_dev);
+	need(!stat("/tmp/slave/point", &now) && st.st_dev == now.st_dev);
+	need(!umount("/tmp/peer/point"));
+	need(!stat("/tmp/slave/point", &now) && st.st_dev != now.st_dev);
+	need(!mount("event", "/tmp/slave/point", "tmpfs", 0, NULL));
+	need(!stat("/tmp/slave/point", &st) && !stat("/tmp/point", &now) && st.st_dev != now.st_dev);
+	need(!umount("/tmp/slave/point"));
+}
+
+static void use_memory(void)
+{
+	struct stat st, now;
+
+	if (memory >= 0)
+		check_content(dir);
+	if (memory >= 0 && !below)
+		need(!stat("/tmp/d", &st) && !fstat(dir, &now) && st.st_ino == now.st_ino);
+	if (below)
+		need(!access("/tmp/above", F_OK) && access("/tmp/d", F_OK));
+	if (shared)
+		check_shared();
+}
+
 /* The file goes on where it was, and is the one that its name says. */
 static void use_files(void)
 {
@@ -257,6 +322,7 @@ static void use_files(void)
 		need(!fstatat(proc, "thread-self/ns/net", &own, 0));
 		need(held.st_ino == own.st_ino);
 	}
+	use_memory();
 	if (file < 0)
 		return;
 	need(lseek(file, 0, SEEK_CUR) == written);
@@ -422,6 +488,56 @@ static void open_files(void)
 	need(!chdir("/tmp/held"));
 }
 
+static void fill_memory(void)
+{
+	need(!mount("own", "/tmp", "tmpfs", MS_NOSUID, "size=1m,mode=711"));
+	need(!mkdir("/tmp/d", 0750) && !symlink("nowhere", "/tmp/symlink"));
+	need(!mkfifo("/tmp/fifo", 0640) && !chmod("/tmp/fifo", 0640));
+	top = open("/tmp", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	dir = open("/tmp/d", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	memory = open("/tmp/d/f", O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	need(dir >= 0 && memory >= 0 && !link("/tmp/d/f", "/tmp/link"));
+	need(write(memory, "content", 7) == 7 && !ftruncate(memory, 300000));
+	need(lseek(memory, 3, SEEK_SET) == 3 && !chdir("/tmp/d"));
+}
+
+static void cover(void)
+{
+	need(!mount("cover", "/tmp", "tmpfs", 0, "mode=755"));
+	close(open("/tmp/above", O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+	below = 1;
+}
+
+static void share(void)
+{
+	need(!mkdir("/tmp/peer", 0755) && !mkdir("/tmp/slave", 0755) && !mkdir("/tmp/point", 0755));
+	need(!mount("/tmp", "/tmp", NULL, MS_BIND, NULL));
+	need(!mount(NULL, "/tmp", NULL, MS_SHARED, NULL));
+	need(!mkdir("/tmp/out", 0755));
+	need(!mount("/tmp", "/tmp/slave", NULL, MS_BIND, NULL));
+	need(!mount(NULL, "/tmp/slave", NULL, MS_SLAVE, NULL));
+	need(!mount("/tmp", "/tmp/peer", NULL, MS_BIND, NULL));
+	shared = 1;
+}
+
+static void pivot(void)
+{
+	static const char *const parts[] = { "/bin", "/proc", "/out", "/etc" };
+	char point[64];
+
+	need(!mount("root", "/tmp", "tmpfs", 0, "mode=755"));
+	need(!mkdir("/tmp/new", 0755) && !mkdir("/tmp/new/tmp", 0700) && !mkdir("/tmp/new/old", 0700));
+	need(!mount("/tmp/new", "/tmp/new", NULL, MS_BIND, NULL));
+	for (size_t i = 0; i < COUNT(parts); i++) {
+		snprintf(point, sizeof(point), "/tmp/new%s", parts[i]);
+		need(!mkdir(point, 0755));
+		need(!mount(parts[i], point, NULL, MS_BIND | (strcmp(parts[i], "/proc") ? 0 : MS_REC), NULL));
+	}
+	need(!mount(NULL, "/tmp/new/etc", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOEXEC, NULL));
+	need(!chdir("/tmp/new") && !syscall(SYS_pivot_root, ".", "old"));
+	need(!chdir("/") && !umount2("/old", MNT_DETACH) && !rmdir("/old"));
+}
+
 static void open_sockets(void)
 {
 	struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(7000) };
@@ -489,6 +605,10 @@ static void step(char c)
 	case 'r': need(!mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL)); break;
 	case 'f': need(!mount("fresh", "/tmp", "tmpfs", MS_NOSUID, "size=64k,mode=755")); break;
 	case 'b': need(!mount("/etc", "/sys", NULL, MS_BIND, NULL)); break;
+	case 'y': fill_memory(); break;
+	case 'a': cover(); break;
+	case 'v': share(); break;
+	case 'q': pivot(); break;
 	case 'd': open_files(); break;
 	case 'o':
 		net = openat(proc, "thread-self/ns/net", O_RDONLY | O_CLOEXEC);
