@@ -65,7 +65,7 @@ func (b *builder) checkArea(a *Area, prev uint64) error {
 		return need[File](b, a.File, "open file")
 	case AreaShmem:
 		return need[Shmem](b, a.File, "shared memory")
-	case AreaAnon, AreaVDSO, AreaAIO:
+	case AreaAnon, AreaVDSO, AreaVDSO32, AreaAIO:
 		if a.File != 0 {
 			return fmt.Errorf("an area of kind %s with an object behind it", a.Kind)
 		}

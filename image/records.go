@@ -458,6 +458,8 @@ type Thread struct {
 	Exited      bool        `cbor:"42,keyasint,omitempty"` // a leader that has ended while others run: it has an id, a name and credentials
 	ExitCode    uint32      `cbor:"43,keyasint,omitempty"` // of such a leader, as exit_code in /proc/PID/stat
 
+	NarrowRobust uint64 `cbor:"44,keyasint,omitempty"` // the list of robust futexes of 32-bit code, below 4 GiB
+
 	Cgroups map[string]string `cbor:"60,keyasint,omitempty"` // by hierarchy, where it is below the container's own
 }
 
@@ -539,7 +541,7 @@ type Sched struct {
 // Restart is the restart block of a call that was interrupted with
 // ERESTART_RESTARTBLOCK: the kernel keeps it outside the registers.
 type Restart struct {
-	Nr   uint64 `cbor:"1,keyasint"` // the call it restarts
+	Nr   uint64 `cbor:"1,keyasint"` // the call it restarts, by the number it has for code like the thread's
 	Left int64  `cbor:"2,keyasint"` // nanoseconds that remained, negative: for ever
 }
 
@@ -1003,7 +1005,12 @@ const (
 	AreaShmem = "shmem" // shared anonymous memory
 	AreaVDSO  = "vdso"  // [vdso] and the [vvar]s before it
 	AreaAIO   = "aio"   // the ring of a context of io_setup(2)
+
+	AreaVDSO32 = "vdso32" // the same of 32-bit programs
 )
+
+// VDSO reports code of the kernel's, which it maps itself.
+func (a *Area) VDSO() bool { return a.Kind == AreaVDSO || a.Kind == AreaVDSO32 }
 
 // Area is one mapping.
 type Area struct {

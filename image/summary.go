@@ -612,7 +612,7 @@ func memorySummaries(h *Head, stored storage) []MemorySummary {
 
 func memorySummary(mm *MM, ref Ref, pids []int32, stored map[string]uint64) MemorySummary {
 	s := MemorySummary{Ref: ref, Pids: pids, Kinds: []KindSummary{}}
-	for _, kind := range []string{AreaAnon, AreaFile, AreaShmem, AreaVDSO, AreaAIO} {
+	for _, kind := range []string{AreaAnon, AreaFile, AreaShmem, AreaVDSO, AreaVDSO32, AreaAIO} {
 		k := KindSummary{Kind: kind, Stored: stored[kind]}
 		for i := range mm.Areas {
 			if mm.Areas[i].Kind == kind {

@@ -118,9 +118,11 @@ func buildPrograms(bin string) error {
 			return err
 		}
 	}
-	if err := run("gcc", "-m32", "-O2", "-nostdlib", "-static", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector",
-		"-o", filepath.Join(bin, "thirtytwo"), "testdata/nolibc/thirtytwo.c"); err != nil {
-		return err
+	for name, source := range narrowPrograms {
+		if err := run("gcc", "-m32", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror",
+			"-o", filepath.Join(bin, name), "testdata/"+source); err != nil {
+			return err
+		}
 	}
 	return run("cp", "testdata/programs/tree.sh", "testdata/programs/threads.py", bin)
 }

@@ -23,7 +23,6 @@ func TestOdd(t *testing.T) {
 		{"no room left", []string{"/bin/odd", "full"}, []string{"survey:", "task 1 ", "RLIMIT_AS", "prlimit"}},
 		{"Landlock", []string{"/bin/odd", "landlocked"}, []string{"survey:", "task 1 ", "thread 1", "Landlock"}},
 		{"Landlock in a child", []string{"sh", "-c", "odd landlocked & sleep 0.2; exec sleep 1000"}, []string{"survey:", "Landlock", "odd"}},
-		{"32-bit", []string{"sh", "-c", "thirtytwo & exec odd nothing"}, []string{"survey:", "thirtytwo", "32-bit"}},
 	} {
 		t.Run(odd.name, func(t *testing.T) {
 			c := newContainer(t, withReport("odd"), withArgs(odd.args...), withNewPrivileges()).run()

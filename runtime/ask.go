@@ -89,8 +89,8 @@ func (k *checkpoint) ask(p *process, children []*process) (*asking, error) {
 	k.report.Threads += len(p.tids)
 	p.live = k.halt.Live[p.tgid]
 	src := &task.Source{
-		Stopped: k.halt.Stopped[p.tgid],
-		Pid:     p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
+		Stopped: k.halt.Stopped[p.tgid], Narrow: p.space.Narrow(),
+		Pid: p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
 		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
 		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: also,
 		InnerTid: func(host int) int {

@@ -352,7 +352,7 @@ func (k *checkpoint) look() error {
 		return err
 	}
 	for _, check := range []func() error{
-		n.checkSharing, n.checkNarrow, n.files.Fits,
+		n.checkSharing, n.checkCalls, n.files.Fits,
 		func() error { return k.confine.check(n, k.c.warn) },
 	} {
 		if err := check(); err != nil {

@@ -262,15 +262,22 @@ func (r *restore) create(context.Context) (err error) {
 // openFiles opens every file of the image in the init stub; all others inherit.
 func (r *restore) openFiles(context.Context) error {
 	var spaces []*image.MM
+	narrow := false
 	for _, t := range r.head.Tasks {
 		spaces = append(spaces, r.head.MM(t.MM))
+		narrow = narrow || task.Narrow(t, r.head.Sighand(t.Sighand))
 	}
 	var err error
-	if r.hole, err = mm.Hole(spaces...); err != nil {
+	if r.hole, err = mm.Hole(narrow, spaces...); err != nil {
 		return err
 	}
 	if err := r.made.stub.AttachService(file.ServiceFD, r.hole); err != nil {
 		return err
+	}
+	if narrow {
+		if err := r.checkNarrow(); err != nil {
+			return err
+		}
 	}
 	r.maker = file.NewMaker(r.head, r.made.stub, r.made.sock, r.made.identity)
 	if r.maker.IDs, err = readIDMaps(r.made.stub.Pid); err != nil {
@@ -306,6 +313,17 @@ func (r *restore) openFiles(context.Context) error {
 		}
 	}
 	return nil
+}
+
+// checkNarrow refuses 32-bit tasks where the kernel does not run them.
+func (r *restore) checkNarrow() error {
+	var b tracee.Batch
+	task.RunsNarrow(&b)
+	_, err := r.made.stub.Run(&b)
+	if errors.Is(err, tracee.ErrFault) {
+		return fail.Refuse("", "the image has 32-bit tasks, which this kernel does not run (CONFIG_IA32_EMULATION, ia32_emulation=)", "restore on a host that does")
+	}
+	return err
 }
 
 // segment opens shared memory, to fill it.

@@ -1,10 +1,7 @@
 package runtime
 
 import (
-	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -40,34 +37,17 @@ func tracerName(pid int) string {
 	return task.Name(task.Innermost(s.NSpid), pid, comm)
 }
 
-// checkNarrow refuses, before anything is stopped, processes that run 32-bit
-// code and those whose limits leave no room for a batch of system calls.
-func (n *census) checkNarrow() error {
+// checkCalls refuses, before anything is stopped, processes that cannot make system
+// calls for us: those of another kind, and those whose limits leave no room for a batch.
+func (n *census) checkCalls() error {
 	for _, p := range n.procs {
-		err := checkWordSize(p.pid)
+		err := checkABI(p.pid)
 		if err == nil {
 			err = checkRoom(p)
 		}
 		if err != nil {
 			return fail.In(p.name(), err)
 		}
-	}
-	return nil
-}
-
-func checkWordSize(pid int) error {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/exe", pid))
-	if err != nil {
-		return goneIs(pid, err)
-	}
-	defer f.Close()
-	const class, class32 = 4, 1 // EI_CLASS, ELFCLASS32
-	ident := make([]byte, class+1)
-	if _, err := io.ReadFull(f, ident); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return err
-	}
-	if string(ident[:class]) == "\x7fELF" && ident[class] == class32 {
-		return fail.Refuse("", "it is a 32-bit program, whose registers and system calls are not supported yet", "")
 	}
 	return nil
 }

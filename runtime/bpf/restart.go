@@ -13,6 +13,7 @@ type RestartBlock struct {
 	Fn        string // name of the kernel's function
 	Nanosleep struct {
 		Clock     int32  // of the timer, in the kernel's terms
+		Compat    bool   // a remainder is written as a time of 32 bits
 		Remainder uint64 // where the program wants the rest, or 0
 		Expires   int64
 	}
@@ -22,6 +23,9 @@ type RestartBlock struct {
 		Expires int64 // by CLOCK_MONOTONIC
 	}
 }
+
+// timeCompat is TT_COMPAT of enum timespec_type.
+const timeCompat = 2
 
 // RestartBlocks asks for the restart block of every thread that we trace.
 func RestartBlocks() (*Question, error) {
@@ -40,6 +44,7 @@ func restartBlocks(k *kernel) (asm.Instructions, error) {
 	}{
 		{[]string{"fn"}, asm.DWord},
 		{[]string{"nanosleep", "clockid"}, asm.Word},
+		{[]string{"nanosleep", "type"}, asm.Word},
 		{[]string{"nanosleep", "rmtp"}, asm.DWord},
 		{[]string{"nanosleep", "expires"}, asm.DWord},
 		{[]string{"futex", "time"}, asm.DWord},
@@ -73,24 +78,24 @@ func restartBlocks(k *kernel) (asm.Instructions, error) {
 			asm.LoadMem(asm.R1, asm.RFP, block+int16(off), f.size),
 			asm.StoreMem(asm.RFP, data+8*int16(i+1), asm.R1, asm.DWord))
 	}
-	return append(ins, print("%d %ps %d %llu %lld %lld %d %lld %lld\n", data, len(fields)+1)...), nil
+	return append(ins, print("%d %ps %d %d %llu %lld %lld %d %lld %lld\n", data, len(fields)+1)...), nil
 }
 
 // RestartBlocks answers the question of that name, by host tid.
 func (q *Question) RestartBlocks() (map[int]RestartBlock, error) {
 	blocks := map[int]RestartBlock{}
 	err := q.ask(func(f [][]byte) error {
-		if len(f) != 9 {
+		if len(f) != 10 {
 			return errors.New("not the line of a restart block")
 		}
-		n, err := numbers(append(f[:1:1], f[2:]...), 8) // all but the name
+		n, err := numbers(append(f[:1:1], f[2:]...), 9) // all but the name
 		if err != nil {
 			return err
 		}
 		b := RestartBlock{Fn: string(f[1])}
-		b.Nanosleep.Clock, b.Nanosleep.Remainder, b.Nanosleep.Expires = int32(n[1]), uint64(n[2]), n[3]
-		b.Futex.Expires = n[4]
-		b.Poll.Timed, b.Poll.Expires = n[5] != 0, n[6]*1e9+n[7]
+		b.Nanosleep.Clock, b.Nanosleep.Compat, b.Nanosleep.Remainder, b.Nanosleep.Expires = int32(n[1]), n[2] == timeCompat, uint64(n[3]), n[4]
+		b.Futex.Expires = n[5]
+		b.Poll.Timed, b.Poll.Expires = n[6] != 0, n[7]*1e9+n[8]
 		blocks[int(n[0])] = b
 		return nil
 	})

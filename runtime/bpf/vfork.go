@@ -15,6 +15,7 @@ type VforkParent struct {
 
 	Regs           []byte // struct pt_regs: as the thread entered the call
 	FSBase, GSBase uint64
+	Selectors      [4]uint16 // of ds, es, fs, gs
 	PKRU           uint32
 	XFeatures      uint64 // of FPU that a program may use
 	FPU            []byte // its xsave area in the kernel's own, compacted form
@@ -110,6 +111,9 @@ func (k *kernel) vforkPieces() ([]piece, error) {
 	pieces[len(pieces)-1].way[0] = fpu
 	add(fpuSize, task("pid"), []string{"fpstate", "regs"})
 	pieces[len(pieces)-1].way[0] = fpu
+	for _, selector := range []string{"ds", "es", "fsindex", "gsindex"} {
+		add(2, task("thread", selector))
+	}
 	return pieces, errs
 }
 
@@ -258,5 +262,8 @@ func decodeParent(b []byte, pieces []piece) (p VforkParent) {
 		p.Timers = p.Timers || x != 0
 	}
 	p.Actions, p.XFeatures, p.FPU = v[17], n[18], v[19]
+	for i := range p.Selectors {
+		p.Selectors[i] = uint16(n[20+i])
+	}
 	return p
 }

@@ -294,7 +294,7 @@ func keepable(m, donor *image.MM) map[int]uint64 {
 // becomes reports that d was mapped the way a would be.
 func becomes(d, a *image.Area) bool {
 	private := func(x *image.Area) bool {
-		return !x.Shared && x.Kind != image.AreaVDSO && x.HugePage == 0 && !has(x, droppable)
+		return !x.Shared && !x.VDSO() && x.HugePage == 0 && !has(x, droppable)
 	}
 	alike := func(flag string) bool { return has(d, flag) == has(a, flag) }
 	return private(d) && private(a) && d.Kind == a.Kind && d.File == a.File && (d.Kind == image.AreaAnon || d.Offset-d.Start == a.Offset-a.Start) &&

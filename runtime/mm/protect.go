@@ -28,7 +28,7 @@ const (
 // LockFuture finds out how a process locks what it maps: at once, or when it is
 // touched. A new page that is locked at once is there (mincore(2)).
 func (s *Space) LockFuture(run func(*tracee.Batch) error) error {
-	at, err := Hole(s.Record)
+	at, err := Hole(s.Narrow(), s.Record)
 	if err != nil {
 		return err
 	}
@@ -74,7 +74,7 @@ func (f *Filler) Protect(s *tracee.Stub, b *tracee.Batch, ref image.Ref, m *imag
 	}
 	for i := range m.Areas {
 		a := &m.Areas[i]
-		if a.Kind == image.AreaVDSO {
+		if a.VDSO() {
 			continue
 		}
 		protect(b, a)

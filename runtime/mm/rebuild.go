@@ -29,18 +29,26 @@ type Opened interface {
 const (
 	// taskSize is the end of user addresses with four levels of page tables.
 	taskSize = 0x7ffffffff000
+	// narrowSize is the end of what 32-bit code can reach.
+	narrowSize = 1 << 32
 	// lowest is where the search for room begins: above vm.mmap_min_addr.
 	lowest = 0x100000
 	// margin keeps the service area clear of its neighbours, as a stack that
 	// grows down wants a gap below it (stack_guard_gap, 256 pages).
 	margin = 2 << 20
 
+	archMapVDSO32 = 0x2002 // ARCH_MAP_VDSO_32
 	archMapVDSO64 = 0x2003 // ARCH_MAP_VDSO_64
 )
 
-// Hole finds room for the service area that no area of any of the images needs.
-func Hole(spaces ...*image.MM) (uint64, error) {
+// Hole finds room for the service area that no area of any of the images needs,
+// below 4 GiB where it must be low: calls of 32-bit code lead nowhere else.
+func Hole(low bool, spaces ...*image.MM) (uint64, error) {
 	const need = tracee.ServiceSize + 2*margin
+	limit := uint64(taskSize)
+	if low {
+		limit = narrowSize
+	}
 	var used []extent
 	for _, m := range spaces {
 		for i := range m.Areas {
@@ -55,8 +63,8 @@ func Hole(spaces ...*image.MM) (uint64, error) {
 		}
 		last = max(last, e.end)
 	}
-	if last+need > taskSize {
-		return 0, fmt.Errorf("no room of %d bytes that is free in every address space of the image", need)
+	if last+need > limit {
+		return 0, fmt.Errorf("no room of %d bytes below %#x that is free in every address space of the image", need, limit)
 	}
 	return last + margin, nil
 }
@@ -101,7 +109,7 @@ func mapAreas(s *tracee.Stub, all []image.Area, from, to int, files Opened) erro
 	_, err := s.Run(&b)
 	if failed, ok := err.(*tracee.CallError); ok {
 		for i := range areas {
-			if areas[i].Start == failed.Args[0] || areas[i].Kind == image.AreaVDSO && failed.Nr == unix.SYS_ARCH_PRCTL {
+			if areas[i].Start == failed.Args[0] || areas[i].VDSO() && failed.Nr == unix.SYS_ARCH_PRCTL {
 				err := fmt.Errorf("cannot be mapped again: %w", failed)
 				if areas[i].HugePage != 0 && failed.Errno == unix.ENOMEM {
 					err = noHugePages(areas[i].HugePage, failed)
@@ -133,8 +141,10 @@ func mapArea(b *tracee.Batch, a *image.Area, files Opened) error {
 	}
 	switch a.Kind {
 	case image.AreaVDSO:
-		b.Add(unix.SYS_ARCH_PRCTL, tracee.W(archMapVDSO64), tracee.W(a.Start))
-		b.Calls[len(b.Calls)-1].Tolerate = true // it returns the vdso's size
+		b.Try(unix.SYS_ARCH_PRCTL, tracee.W(archMapVDSO64), tracee.W(a.Start)) // it returns the vdso's size
+		return nil
+	case image.AreaVDSO32:
+		b.Try(unix.SYS_ARCH_PRCTL, tracee.W(archMapVDSO32), tracee.W(a.Start))
 		return nil
 	case image.AreaAnon:
 		flags |= unix.MAP_ANONYMOUS | hugeFlags(a.HugePage, unix.MAP_HUGETLB)
@@ -214,7 +224,7 @@ func Layout(b *tracee.Batch, m *image.MM, files Opened) error {
 // checkVDSO makes sure that the kernel put the vdso where the program's libc
 // will call it: the address is only a hint.
 func checkVDSO(s *tracee.Stub, m *image.MM) error {
-	i := slices.IndexFunc(m.Areas, func(a image.Area) bool { return a.Kind == image.AreaVDSO })
+	i := slices.IndexFunc(m.Areas, func(a image.Area) bool { return a.VDSO() })
 	if i < 0 {
 		return nil
 	}

@@ -47,7 +47,7 @@ func TestHole(t *testing.T) {
 			}
 			spaces = append(spaces, m)
 		}
-		hole, err := Hole(spaces...)
+		hole, err := Hole(false, spaces...)
 		must(t, err)
 		if hole%PageSize != 0 || hole < lowest || hole+tracee.ServiceSize > taskSize {
 			t.Fatalf("hole at %#x", hole)
@@ -60,10 +60,10 @@ func TestHole(t *testing.T) {
 			}
 		}
 	}
-	if hole, err := Hole(&image.MM{Areas: []image.Area{{Start: lowest, End: taskSize}}}); err == nil {
+	if hole, err := Hole(false, &image.MM{Areas: []image.Area{{Start: lowest, End: taskSize}}}); err == nil {
 		t.Errorf("a hole in a full address space: %#x", hole)
 	}
-	if hole, err := Hole(); err != nil || hole != lowest+margin {
+	if hole, err := Hole(false); err != nil || hole != lowest+margin {
 		t.Errorf("a hole in an empty one: %#x, %v", hole, err)
 	}
 }
@@ -198,7 +198,7 @@ func rebuild(t *testing.T) *rebuilt {
 		o.Ref = image.Ref(i + 1)
 	}
 	r.space.complete()
-	r.hole, err = Hole(r.space.Record)
+	r.hole, err = Hole(false, r.space.Record)
 	must(t, err)
 	r.stub = traceetest.Stub(t, r.hole)
 	r.files.open(t, r.stub)

@@ -1,6 +1,7 @@
 package mm
 
 import (
+	"debug/elf"
 	"fmt"
 	"os"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/object"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
 // PageSize is the size of a page here.
@@ -127,8 +129,7 @@ func (s *Space) add(m *mapping, files Files, shared *Shared) error {
 	case m.name == "[vsyscall]":
 		return nil
 	case m.name == "[vdso]" || strings.HasPrefix(m.name, "[vvar"):
-		s.addVDSO(m)
-		return nil
+		return s.addVDSO(m)
 	}
 	for _, f := range m.flags {
 		if why := refused[f]; why != "" && !(f == "mm" && m.inode == 0) {
@@ -199,13 +200,27 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 
 // addVDSO joins [vvar], [vvar_vclock] and [vdso], which the kernel maps
 // together in one call, into one area.
-func (s *Space) addVDSO(m *mapping) {
+func (s *Space) addVDSO(m *mapping) error {
 	if n := len(s.Record.Areas); n > 0 && s.Record.Areas[n-1].Kind == image.AreaVDSO && s.Record.Areas[n-1].End == m.start {
 		s.Record.Areas[n-1].End = m.end
-		return
+	} else {
+		s.Record.Areas = append(s.Record.Areas, image.Area{Start: m.start, End: m.end, Kind: image.AreaVDSO, Prot: protection(m.perms), Name: "[vdso]"})
+		s.files = append(s.files, nil)
 	}
-	s.Record.Areas = append(s.Record.Areas, image.Area{Start: m.start, End: m.end, Kind: image.AreaVDSO, Prot: protection(m.perms), Name: "[vdso]"})
-	s.files = append(s.files, nil)
+	if m.name != "[vdso]" || m.end > narrowSize {
+		return nil
+	}
+	var class [1]byte
+	err := tracee.ReadMemory(s.Pid, m.start+uint64(elf.EI_CLASS), class[:])
+	if elf.Class(class[0]) == elf.ELFCLASS32 {
+		s.Record.Areas[len(s.Record.Areas)-1].Kind = image.AreaVDSO32
+	}
+	return err
+}
+
+// Narrow reports the address space of a 32-bit program, which is known by its vdso.
+func (s *Space) Narrow() bool {
+	return slices.ContainsFunc(s.Record.Areas, func(a image.Area) bool { return a.Kind == image.AreaVDSO32 })
 }
 
 func protection(perms string) (prot uint32) {

@@ -33,6 +33,7 @@ type Source struct {
 	// which takes CAP_SYS_RESOURCE.
 	MayFlush bool
 	Stopped  unix.Signal // that job control has stopped it by
+	Narrow   bool        // it has executed a 32-bit program
 	// Children are the pids of the process's children, as it knows them.
 	Children []int32
 	// InnerTid translates a host tid of the container.
@@ -244,6 +245,9 @@ func (a *Asked) thread(i int) error {
 
 // processAnswer asks what the process's first answers call for.
 func (s *Source) processAnswer(t *tracee.Thread, st *State) (err error) {
+	if s.Narrow {
+		markNarrow(st.Sighand)
+	}
 	if st.hasLDT() {
 		if st.Task.LDT, err = readLDT(s.Live, t); err != nil {
 			return err
@@ -308,7 +312,7 @@ func (s *Source) threadOutside(i int, rec *image.Thread) (err error) {
 	if rseq.Addr != 0 {
 		rec.Rseq = &image.Rseq{Addr: rseq.Addr, Size: rseq.Size, Sig: rseq.Signature}
 	}
-	if rec.RobustHead, rec.RobustLen, err = robustList(t.Tid); err != nil {
+	if err := s.robustLists(t.Tid, rec); err != nil {
 		return err
 	}
 	if slack, err := procNumber(t.Tid, "timerslack_ns", 10); err == nil {

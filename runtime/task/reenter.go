@@ -24,7 +24,13 @@ var reentered = map[uint64]bool{
 // that an interrupt has ended with EINTR.
 func EndedByInterrupt(r *tracee.Regs) bool {
 	nr, result, ok := r.Syscall()
-	return ok && result == -int64(unix.EINTR) && reentered[nr]
+	if !ok || result != -int64(unix.EINTR) {
+		return false
+	}
+	if r.Narrow() {
+		return narrowReentered[nr]
+	}
+	return reentered[nr]
 }
 
 // HideEINTR makes a thread that our interrupt threw out of a call enter it

@@ -3,6 +3,8 @@ package task
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,26 +38,33 @@ func (s *Source) restartOf(t *tracee.Thread, r *tracee.Regs) (*image.Restart, er
 		return nil, nil
 	}
 	nr, _, _ := r.Syscall()
-	told := toldByCall(nr, r.Args())
+	c := timed(nr, r.Narrow())
+	told := toldByCall(c.nr, r.Args())
 	if !told {
 		if block, ok := s.Block(t.Tid); ok {
-			if rec := s.restartFrom(&block, nr, r.Args()); rec != nil {
+			if rec := s.restartFrom(&block, c.nr, r.Args()); rec != nil {
+				switch {
+				case c.nr != unix.SYS_RESTART_SYSCALL:
+					rec.Nr = c.own
+				case r.Narrow():
+					rec.Nr = narrowBehind(t, rec.Nr, &block, r.Args())
+				}
 				return rec, nil
 			}
 		}
 	}
-	if nr == unix.SYS_RESTART_SYSCALL {
-		nr = restartedCall(t, r)
-		told = toldByCall(nr, r.Args())
+	if c.nr == unix.SYS_RESTART_SYSCALL {
+		c = restartedCall(t, r)
+		told = toldByCall(c.nr, r.Args())
 	}
-	left, err := timeLeft(t, nr, r.Args())
+	left, err := timeLeft(t, c, r.Args())
 	if err != nil {
 		return nil, err
 	}
 	if !told {
-		s.Warn("how long thread %d still had to wait in %s is not known; it waits its full time again", s.InnerTid(t.Tid), restarting[nr])
+		s.Warn("how long thread %d still had to wait in %s is not known; it waits its full time again", s.InnerTid(t.Tid), restarting[c.nr])
 	}
-	return &image.Restart{Nr: nr, Left: left}, nil
+	return &image.Restart{Nr: c.own, Left: left}, nil
 }
 
 var restarting = map[uint64]string{
@@ -87,10 +96,11 @@ func AsksForBlock(tid int) bool {
 	if err != nil {
 		return false
 	}
-	var nr uint64
+	var nr, sp, ip uint64
 	var args [6]uint64
-	n, _ := fmt.Sscanf(string(b), "%d 0x%x 0x%x 0x%x 0x%x", &nr, &args[0], &args[1], &args[2], &args[3])
-	if n < 5 || restarting[nr] == "" || toldByCall(nr, args) {
+	n, _ := fmt.Sscanf(string(b), "%d 0x%x 0x%x 0x%x 0x%x 0x%x 0x%x 0x%x 0x%x", &nr, &args[0], &args[1], &args[2], &args[3], &args[4], &args[5], &sp, &ip)
+	nr = timed(nr, sp|ip <= math.MaxUint32).nr // which only may be 32-bit code, but this need not be exact
+	if n < 9 || restarting[nr] == "" || toldByCall(nr, args) {
 		return false
 	}
 	return nr != unix.SYS_FUTEX || args[1]&futexCommand == futexWait && args[3] != 0
@@ -175,35 +185,43 @@ func (s *Source) cpuClock(id int32) (int64, bool) {
 // instructions in front of it still load the number, as far as it is a constant
 // there; libraries with one syscall instruction for all calls leave only the
 // arguments.
-func restartedCall(t *tracee.Thread, r *tracee.Regs) uint64 {
+func restartedCall(t *tracee.Thread, r *tracee.Regs) timedCall {
 	args := r.Args()
 	var fitting []uint64
-	for _, nr := range []uint64{unix.SYS_FUTEX, unix.SYS_CLOCK_NANOSLEEP, unix.SYS_NANOSLEEP, unix.SYS_POLL} {
-		if fits(t, nr, args) {
+	all := []uint64{unix.SYS_FUTEX, unix.SYS_CLOCK_NANOSLEEP, unix.SYS_NANOSLEEP, unix.SYS_POLL}
+	if r.Narrow() {
+		all = all[:0]
+		for _, c := range narrowTimed {
+			all = append(all, c.own)
+		}
+	}
+	for _, nr := range all {
+		if fits(t, timed(nr, r.Narrow()), args) {
 			fitting = append(fitting, nr)
 		}
 	}
 	if nr, ok := t.LoadedNumber(r, fitting); ok {
-		return nr
+		return timed(nr, r.Narrow())
 	}
 	if len(fitting) > 0 {
-		return fitting[0] // the most demanding one comes first
+		return timed(fitting[0], r.Narrow()) // the most demanding one comes first
 	}
-	return unix.SYS_RESTART_SYSCALL
+	nr, _, _ := r.Syscall()
+	return timed(nr, r.Narrow())
 }
 
 // fits reports whether arguments can be those of a call that has gone to sleep.
-func fits(t *tracee.Thread, nr uint64, a [6]uint64) bool {
+func fits(t *tracee.Thread, c timedCall, a [6]uint64) bool {
 	const (
 		maxClock   = 16        // clock ids are small, and never valid addresses
 		lowestPage = 1 << 12   // nothing is mapped below
 		futexFlags = 128 | 256 // FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
 	)
 	timespec := func(addr uint64) bool {
-		ns, err := readTimespec(t, addr)
+		ns, err := readTimespec(t, addr, c.half)
 		return err == nil && ns >= 0
 	}
-	switch nr {
+	switch c.nr {
 	case unix.SYS_CLOCK_NANOSLEEP:
 		return a[0] < maxClock && a[1] == 0 && timespec(a[2])
 	case unix.SYS_NANOSLEEP:
@@ -223,37 +241,43 @@ func fits(t *tracee.Thread, nr uint64, a [6]uint64) bool {
 	return false
 }
 
-func timeLeft(t *tracee.Thread, nr uint64, args [6]uint64) (int64, error) {
-	switch nr {
+func timeLeft(t *tracee.Thread, c timedCall, args [6]uint64) (int64, error) {
+	switch c.nr {
 	case unix.SYS_NANOSLEEP:
-		return sleepLeft(t, args[0], args[1])
+		return sleepLeft(t, args[0], args[1], c.half)
 	case unix.SYS_CLOCK_NANOSLEEP:
-		return sleepLeft(t, args[2], args[3])
+		return sleepLeft(t, args[2], args[3], c.half)
 	case unix.SYS_POLL:
 		if ms := int32(args[2]); ms >= 0 {
 			return int64(ms) * int64(time.Millisecond), nil
 		}
 		return -1, nil
 	case unix.SYS_FUTEX:
-		return readTimespec(t, args[3])
+		return readTimespec(t, args[3], c.half)
 	}
-	return 0, fail.Refuse(fmt.Sprintf("interrupted system call %d", nr),
+	return 0, fail.Refuse(fmt.Sprintf("interrupted system call %d", c.own),
 		"the call it continues cannot be told any more", "try again in a moment")
 }
 
 // sleepLeft prefers the remainder, which the kernel writes when a sleep is
 // interrupted, to the request.
-func sleepLeft(t *tracee.Thread, request, remainder uint64) (int64, error) {
+func sleepLeft(t *tracee.Thread, request, remainder uint64, half int) (int64, error) {
 	if remainder != 0 {
-		return readTimespec(t, remainder)
+		return readTimespec(t, remainder, half)
 	}
-	return readTimespec(t, request)
+	return readTimespec(t, request, half)
 }
 
-func readTimespec(t *tracee.Thread, addr uint64) (int64, error) {
+// readTimespec reads a time of two numbers of half so many bytes.
+func readTimespec(t *tracee.Thread, addr uint64, half int) (int64, error) {
 	var b [16]byte
-	if err := t.Read(addr, b[:]); err != nil {
+	if err := t.Read(addr, b[:2*half]); err != nil {
 		return 0, fail.Refuse("interrupted system call", "its time-out cannot be read: "+err.Error(), "try again in a moment")
+	}
+	if half == 4 {
+		sec, nsec := int32(binary.LittleEndian.Uint32(b[:])), int32(binary.LittleEndian.Uint32(b[4:]))
+		binary.LittleEndian.PutUint64(b[:], uint64(sec))
+		binary.LittleEndian.PutUint64(b[8:], uint64(nsec))
 	}
 	if nsec := int64(binary.LittleEndian.Uint64(b[8:])); nsec < 0 || nsec >= second {
 		return 0, fail.Refuse("interrupted system call", "its time-out is not a valid time", "")
@@ -275,12 +299,15 @@ func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs, c *Clocks
 		return r, nil
 	}
 	args, scratch := r.Args(), s.Scratch()
-	left := rec.Left
-	if left >= 0 && !(rec.Nr == unix.SYS_CLOCK_NANOSLEEP && cpuTime(int32(args[0]))) {
+	left, call := rec.Left, timed(rec.Nr, r.Narrow())
+	if left >= 0 && !(call.nr == unix.SYS_CLOCK_NANOSLEEP && cpuTime(int32(args[0]))) {
 		left = max(left-c.Passed, 0)
 	}
 	timespec := unpair(max(left, 0), second)
-	switch rec.Nr {
+	if call.half == 4 {
+		timespec = slices.Concat(timespec[:4], timespec[8:12])
+	}
+	switch call.nr {
 	case unix.SYS_NANOSLEEP:
 		args[0] = scratch
 	case unix.SYS_CLOCK_NANOSLEEP:
@@ -299,7 +326,7 @@ func RestoreRestart(s *tracee.Stub, rec *image.Restart, r tracee.Regs, c *Clocks
 	if err := s.Write(scratch, timespec); err != nil {
 		return r, err
 	}
-	interrupted, err := s.Interrupted(uintptr(rec.Nr), args)
+	interrupted, err := s.Interrupted(r.Narrow(), uintptr(rec.Nr), args)
 	if err != nil {
 		return r, fmt.Errorf("rebuild the restart block of system call %d: %w", rec.Nr, err)
 	}

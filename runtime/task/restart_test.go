@@ -108,10 +108,10 @@ func TestNoRestart(t *testing.T) {
 		t.Errorf("pause(2) has no restart block, got %+v, %v", rec, err)
 	}
 	var refused *fail.Refused
-	if _, err := timeLeft(th, unix.SYS_PAUSE, r.Args()); !errors.As(err, &refused) {
+	if _, err := timeLeft(th, timed(unix.SYS_PAUSE, false), r.Args()); !errors.As(err, &refused) {
 		t.Errorf("an unknown call gives %v, want a refusal", err)
 	}
-	if _, err := readTimespec(th, 8); !errors.As(err, &refused) {
+	if _, err := readTimespec(th, 8, 8); !errors.As(err, &refused) {
 		t.Errorf("an unmapped time gives %v, want a refusal", err)
 	}
 }

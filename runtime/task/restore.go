@@ -99,6 +99,10 @@ func RestoreThread(b *tracee.Batch, t *image.Thread, held Held) {
 	if t.RobustHead != 0 {
 		b.Add(unix.SYS_SET_ROBUST_LIST, tracee.W(t.RobustHead), tracee.W(t.RobustLen))
 	}
+	if t.NarrowRobust != 0 {
+		const size = 12 // of struct compat_robust_list_head
+		b.AddNarrow(narrowSetRobustList, tracee.W(t.NarrowRobust), tracee.W(size))
+	}
 	if r := t.Rseq; r != nil {
 		b.Add(unix.SYS_RSEQ, tracee.W(r.Addr), tracee.W(r.Size), tracee.W(0), tracee.W(r.Sig))
 	}
@@ -153,10 +157,15 @@ func RestoreThreadLast(b *tracee.Batch, t *image.Task, i int) {
 // RestoreTrap gives a stub's process its own action for SIGTRAP, after which no
 // batch can run: for the last process with these signal actions.
 func RestoreTrap(s *tracee.Stub, h *image.Sighand) error {
-	if err := s.Write(s.Scratch(), trapAction(h)); err != nil {
+	action, step, nr := trapAction(h), s.Step, uintptr(unix.SYS_RT_SIGACTION)
+	raw := encodeAction(action)
+	if action.Flags&narrowABI != 0 {
+		raw, step, nr = encodeNarrowAction(action), s.StepNarrow, narrowSigaction
+	}
+	if err := s.Write(s.Scratch(), raw); err != nil {
 		return err
 	}
-	if _, err := s.Step(unix.SYS_RT_SIGACTION, uint64(unix.SIGTRAP), s.Scratch(), 0, sigsetSize); err != nil {
+	if _, err := step(nr, uint64(unix.SIGTRAP), s.Scratch(), 0, sigsetSize); err != nil {
 		return fmt.Errorf("action of SIGTRAP: %w", err)
 	}
 	return nil
@@ -210,6 +219,14 @@ func robustList(tid int) (head, size uint64, err error) {
 		return 0, 0, fmt.Errorf("get_robust_list: %w", e)
 	}
 	return head, size, nil
+}
+
+// robustLists reads both lists that a thread may have.
+func (s *Source) robustLists(tid int, rec *image.Thread) (err error) {
+	if rec.RobustHead, rec.RobustLen, err = robustList(tid); err == nil && s.Narrow {
+		rec.NarrowRobust, err = narrowRobustList(tid)
+	}
+	return err
 }
 
 // CloneThread adds the clone3(2) of a further thread with given ids, those of

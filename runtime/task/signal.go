@@ -66,13 +66,23 @@ func encodeAction(a image.SigAction) []byte {
 
 // trapAction is the action for SIGTRAP, which a stub needs for itself until
 // its very last calls.
-func trapAction(h *image.Sighand) []byte {
+func trapAction(h *image.Sighand) image.SigAction {
 	for _, a := range h.Actions {
 		if a.Signal == int32(unix.SIGTRAP) {
-			return encodeAction(a)
+			return a
 		}
 	}
-	return encodeAction(image.SigAction{})
+	return image.SigAction{}
+}
+
+// setAction adds the call that sets a signal's action. That of 32-bit code is
+// needed for the handler to get such code's frame.
+func setAction(b *tracee.Batch, a image.SigAction) {
+	if a.Flags&narrowABI != 0 {
+		b.AddNarrow(narrowSigaction, tracee.W(a.Signal), b.Put(encodeNarrowAction(a)), tracee.W(0), tracee.W(sigsetSize))
+		return
+	}
+	b.Add(unix.SYS_RT_SIGACTION, tracee.W(a.Signal), b.Put(encodeAction(a)), tracee.W(0), tracee.W(sigsetSize))
 }
 
 // restoreActions adds the calls that set every signal action but SIGTRAP's.
@@ -81,14 +91,14 @@ func trapAction(h *image.Sighand) []byte {
 // seen: ignoring a signal drops it from the queues, then the real action comes.
 func restoreActions(b *tracee.Batch, h *image.Sighand) {
 	b.Add(unix.SYS_RT_SIGACTION, tracee.W(unix.SIGCHLD), b.Put(encodeAction(image.SigAction{Handler: sigIgn})), tracee.W(0), tracee.W(sigsetSize))
-	actions := map[int32]image.SigAction{int32(unix.SIGCHLD): {}}
+	actions := map[int32]image.SigAction{int32(unix.SIGCHLD): {Signal: int32(unix.SIGCHLD)}}
 	for _, a := range h.Actions {
 		actions[a.Signal] = a
 	}
 	for sig := 1; sig <= signals; sig++ {
 		a, ok := actions[int32(sig)]
 		if ok && settable(sig) && sig != int(unix.SIGTRAP) {
-			b.Add(unix.SYS_RT_SIGACTION, tracee.W(sig), b.Put(encodeAction(a)), tracee.W(0), tracee.W(sigsetSize))
+			setAction(b, a)
 		}
 	}
 }

@@ -54,7 +54,7 @@ func (s *Source) waiting(i int, w *Waiting, rec *image.Thread) (err error) {
 	if rec.Comm, err = Comm(tid); err != nil {
 		return err
 	}
-	regs, err := tracee.KernelRegs(w.Regs, w.FSBase, w.GSBase)
+	regs, err := tracee.KernelRegs(w.Regs, w.FSBase, w.GSBase, w.Selectors)
 	if err != nil {
 		return err
 	}
@@ -74,7 +74,7 @@ func (s *Source) waiting(i int, w *Waiting, rec *image.Thread) (err error) {
 	if w.Rseq != 0 {
 		rec.Rseq = &image.Rseq{Addr: w.Rseq, Size: w.RseqSize, Sig: w.RseqSig}
 	}
-	if rec.RobustHead, rec.RobustLen, err = robustList(tid); err != nil {
+	if err := s.robustLists(tid, rec); err != nil {
 		return err
 	}
 	if slack, err := procNumber(tid, "timerslack_ns", 10); err == nil {

@@ -36,7 +36,7 @@ func TestReadByBPF(t *testing.T) {
 	}
 	regs, err := th.Regs()
 	check(t, err)
-	now, err := tracee.KernelRegs(p.Regs, p.FSBase, p.GSBase)
+	now, err := tracee.KernelRegs(p.Regs, p.FSBase, p.GSBase, p.Selectors)
 	check(t, err)
 	if now.Rip != regs.Rip || now.Rsp != regs.Rsp || now.Fs_base != regs.Fs_base || now.R12 != regs.R12 {
 		t.Errorf("registers %+v, want %+v", now, regs)

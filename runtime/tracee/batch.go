@@ -30,6 +30,7 @@ type Call struct {
 	Args     [6]Word
 	Ret      int64 // as the kernel returns it: -errno on failure
 	Tolerate bool  // go on with the next call if this one fails
+	Narrow   bool  // a call of 32-bit code by its number there, which only stubs make
 }
 
 // Word is an argument of a call: a number, or the address of a place in the
@@ -57,6 +58,13 @@ func (b *Batch) Add(nr uintptr, args ...Word) int {
 func (b *Batch) Try(nr uintptr, args ...Word) int {
 	i := b.Add(nr, args...)
 	b.Calls[i].Tolerate = true
+	return i
+}
+
+// AddNarrow is Add for a call of 32-bit code, which only stubs make.
+func (b *Batch) AddNarrow(nr uintptr, args ...Word) int {
+	i := b.Add(nr, args...)
+	b.Calls[i].Narrow = true
 	return i
 }
 

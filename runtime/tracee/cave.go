@@ -39,7 +39,7 @@ type cave struct {
 type NoCaveError struct{ Pid int }
 
 func (e *NoCaveError) Error() string {
-	return fmt.Sprintf("process %d: no %d unused bytes behind a 64-bit vdso or behind the text of a mapped file", e.Pid, slotSize)
+	return fmt.Sprintf("process %d: no %d unused bytes behind a vdso or behind the text of a mapped file", e.Pid, slotSize)
 }
 
 // NoSlotError says that ocickpts which died left every slot of a process's cave
@@ -151,16 +151,8 @@ func imageEnd(mem io.ReaderAt, areas []area, i int) (uint64, bool) {
 // end of the file as far as the headers know it, and the end of the executable
 // segment in memory.
 func elfEnds(mem io.ReaderAt, base uint64) (file, text uint64, err error) {
-	var h elf.Header64
-	if err := binary.Read(io.NewSectionReader(mem, int64(base), 64), binary.LittleEndian, &h); err != nil {
-		return 0, 0, err
-	}
-	if string(h.Ident[:4]) != elf.ELFMAG || h.Ident[elf.EI_CLASS] != byte(elf.ELFCLASS64) || h.Phnum > 64 {
-		return 0, 0, errors.New("no 64-bit ELF image")
-	}
-	progs := make([]elf.Prog64, h.Phnum)
-	at := io.NewSectionReader(mem, int64(base+h.Phoff), int64(h.Phnum)*56)
-	if err := binary.Read(at, binary.LittleEndian, progs); err != nil {
+	h, progs, err := elfHeaders(mem, base)
+	if err != nil {
 		return 0, 0, err
 	}
 	file = h.Shoff + uint64(h.Shnum)*uint64(h.Shentsize)
@@ -178,6 +170,38 @@ func elfEnds(mem io.ReaderAt, base uint64) (file, text uint64, err error) {
 		}
 	}
 	return file, text, nil
+}
+
+// elfHeaders reads an ELF header and the program headers that it leads to, those
+// of a 32-bit image as 64-bit ones.
+func elfHeaders(mem io.ReaderAt, base uint64) (h elf.Header64, progs []elf.Prog64, err error) {
+	read := func(at uint64, into any) error {
+		return binary.Read(io.NewSectionReader(mem, int64(base+at), int64(binary.Size(into))), binary.LittleEndian, into)
+	}
+	if err := read(0, &h); err != nil {
+		return h, nil, err
+	}
+	narrow := h.Ident[elf.EI_CLASS] == byte(elf.ELFCLASS32)
+	if narrow {
+		var h32 elf.Header32
+		if err := read(0, &h32); err != nil {
+			return h, nil, err
+		}
+		h = elf.Header64{Ident: h.Ident, Phoff: uint64(h32.Phoff), Phnum: h32.Phnum, Shoff: uint64(h32.Shoff), Shnum: h32.Shnum, Shentsize: h32.Shentsize}
+	}
+	if string(h.Ident[:4]) != elf.ELFMAG || !narrow && h.Ident[elf.EI_CLASS] != byte(elf.ELFCLASS64) || h.Phnum > 64 {
+		return h, nil, errors.New("no ELF image")
+	}
+	progs = make([]elf.Prog64, h.Phnum)
+	if !narrow {
+		return h, progs, read(h.Phoff, progs)
+	}
+	progs32 := make([]elf.Prog32, h.Phnum)
+	err = read(h.Phoff, progs32)
+	for i, p := range progs32 {
+		progs[i] = elf.Prog64{Type: p.Type, Flags: p.Flags, Off: uint64(p.Off), Vaddr: uint64(p.Vaddr), Filesz: uint64(p.Filesz)}
+	}
+	return h, progs, err
 }
 
 // measure adds the slots from start to limit that are empty or hold what an
@@ -339,7 +363,8 @@ func (c *cave) onStack(t *Thread, at, sp uint64) (bool, error) {
 
 // pointed reports whether there is a signal frame in [from, to) that returns to the
 // slot at: with the stack pointer that the slot's thread has had all the time, and
-// in 64-bit mode (struct sigcontext_64: sp, ip, flags and cs stand in that order).
+// in 64-bit mode. In struct sigcontext_64 sp, ip, flags and cs stand in that order;
+// in struct sigcontext_32, of handlers of 32-bit code, ip, cs, flags and sp.
 func (c *cave) pointed(at, sp, from, to uint64) (bool, error) {
 	b := make([]byte, to-from)
 	if _, err := c.mem.ReadAt(b, int64(from)); err != nil {
@@ -348,6 +373,12 @@ func (c *cave) pointed(at, sp, from, to uint64) (bool, error) {
 	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
 	for i := 1; i+2 < len(b)/8; i++ {
 		if word(i)-at < slotSize && word(i-1) == sp && uint16(word(i+2)) == userCS64 {
+			return true, nil
+		}
+	}
+	half := func(i int) uint64 { return uint64(binary.LittleEndian.Uint32(b[4*i:])) }
+	for i := 0; i+3 < len(b)/4; i++ {
+		if half(i)-at < slotSize && uint16(half(i+1)) == userCS64 && half(i+3) == sp {
 			return true, nil
 		}
 	}

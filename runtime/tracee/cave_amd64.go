@@ -42,7 +42,10 @@ const (
 	flagTF = 1 << 8
 	flagOF = 11 // bit number
 
-	userCS64 = 0x33 // code segment of a thread in 64-bit mode
+	// The segments of user space (arch/x86/include/asm/segment.h).
+	userCS32 = 0x23
+	userDS   = 0x2b
+	userCS64 = 0x33
 )
 
 // caveCode is the program with its empty header, up to the address that follows
@@ -108,20 +111,37 @@ func slotImage(r *Regs, mask uint64, id ids) []byte {
 	copy(b, caveCode)
 	_, _ = binary.Encode(b, binary.LittleEndian, &h)
 	binary.LittleEndian.PutUint64(b[len(caveCode):], r.Rip)
+	if r.Narrow() {
+		const jump, farJump = 0x25, 0x2d
+		b[bytes.LastIndexByte(caveCode, jump)] = farJump
+		binary.LittleEndian.PutUint32(b[len(caveCode)+4:], uint32(r.Cs))
+	}
 	return b
+}
+
+// mapFlags are those of the mmap by which a slot is entered. The kernel lets a task
+// that has executed a 32-bit program, whose cave is low, map nothing above 4 GiB
+// (TASK_SIZE), where it would look for room in 64-bit mode.
+func mapFlags(slot uint64) uint64 {
+	if slot < 1<<32 {
+		return unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_32BIT
+	}
+	return unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
 }
 
 // enterRegs makes registers r enter the slot at its mmap, of size bytes. What
 // the cave does not use stays as it is: rsp above all, and of the flags DF, AC
 // and ID, which the cave leaves alone. TF would raise a SIGTRAP behind every
 // instruction and has to go; only a thread that single-steps itself has it set.
+// A thread that runs 32-bit code is in 64-bit mode as long as it is in the slot.
 func enterRegs(r Regs, slot, size uint64, report unix.Signal) Regs {
 	r.Orig_rax = noSyscall
 	r.Eflags &^= flagTF
 	r.Rip = slot + places.enter
 	r.Rax = unix.SYS_MMAP
 	r.Rdi, r.Rsi, r.Rdx = 0, size, unix.PROT_READ|unix.PROT_WRITE
-	r.R10, r.R8, r.R9 = unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uint64(0), 0
+	r.R10, r.R8, r.R9 = mapFlags(slot), ^uint64(0), 0
+	r.Cs = userCS64
 	r.R12, r.R13, r.R14, r.R15 = 0, size, slot, uint64(report)
 	return r
 }

@@ -69,7 +69,7 @@ TEXT cave<>(SB),NOSPLIT|NOFRAME,$0-0
 gate:
 	MOVL $SPINS, CX
 spin:
-	CMPQ slotGo(R14), DX
+	CMPQ cave<>+slotGo(SB), DX
 	JEQ  go
 	PAUSE
 	DECL CX
@@ -148,39 +148,42 @@ unmap:
 	// that comes in behind it returns to here, as it would to anywhere else.
 	// rt_sigreturn(2) would do both at once, but it forgets the restart block of
 	// an interrupted nanosleep(2) and needs a frame with the whole xsave area.
-	LEAQ cave<>(SB), R14
 	MOVL $14, AX        // rt_sigprocmask
 	MOVL $2, DI         // SIG_SETMASK
-	LEAQ slotMask(R14), SI
+	LEAQ cave<>+slotMask(SB), SI
 	XORL DX, DX
 	MOVL $8, R10
 	SYSCALL
 
 registers:
+	// Not by way of R14: handlers of 32-bit code return without R8 to R15.
+	LEAQ cave<>(SB), BP
+
 	// Flags without a stack: AL is OF, so that adding 0x7f overflows or not; AH
 	// is the other status flags. No instruction up to here touches DF, AC or ID.
-	MOVL slotFlags(R14), AX
+	MOVL slotFlags(BP), AX
 	ADDB $0x7f, AX
 	SAHF
 
-	MOVQ slotRax(R14), AX
-	MOVQ slotRbx(R14), BX
-	MOVQ slotRcx(R14), CX
-	MOVQ slotRdx(R14), DX
-	MOVQ slotRsi(R14), SI
-	MOVQ slotRdi(R14), DI
-	MOVQ slotRbp(R14), BP
-	MOVQ slotR8(R14), R8
-	MOVQ slotR9(R14), R9
-	MOVQ slotR10(R14), R10
-	MOVQ slotR11(R14), R11
-	MOVQ slotR12(R14), R12
-	MOVQ slotR13(R14), R13
-	MOVQ slotR15(R14), R15
-	MOVQ slotR14(R14), R14
+	MOVQ slotRax(BP), AX
+	MOVQ slotRbx(BP), BX
+	MOVQ slotRcx(BP), CX
+	MOVQ slotRdx(BP), DX
+	MOVQ slotRsi(BP), SI
+	MOVQ slotRdi(BP), DI
+	MOVQ slotR8(BP), R8
+	MOVQ slotR9(BP), R9
+	MOVQ slotR10(BP), R10
+	MOVQ slotR11(BP), R11
+	MOVQ slotR12(BP), R12
+	MOVQ slotR13(BP), R13
+	MOVQ slotR14(BP), R14
+	MOVQ slotR15(BP), R15
+	MOVQ slotRbp(BP), BP
 
 	// jmp *0(%rip): the address stands right behind the jump, 8-aligned because
-	// the thread may run with AC set.
+	// the thread may run with AC set. In the slot of 32-bit code it is ljmp, to
+	// an address of 32 bits with its code segment behind.
 	PCALIGN $8
 	BYTE $0x90; BYTE $0x90
 	BYTE $0xff; BYTE $0x25; LONG $0

@@ -252,8 +252,8 @@ func (l *Live) prepare(t *Thread, known *Known) (*visit, error) {
 	if l.cave.contains(regs.Rip) {
 		return nil, fmt.Errorf("task %d: %w", t.Tid, ErrBusy)
 	}
-	if regs.Cs != userCS64 {
-		return nil, &RefusedError{t.Tid, "it runs in 32-bit mode"}
+	if why := regs.foreign(); why != "" {
+		return nil, &RefusedError{t.Tid, why}
 	}
 	if v.own, err = t.ResumeRegs(regs); err != nil {
 		return nil, err
@@ -335,7 +335,7 @@ func (v *visit) enter(b *Batch) error {
 func (v *visit) park(b *Batch) error {
 	view := v.own.userView()
 	parked := view
-	parked.Rip = v.slot + places.unmapped
+	parked.Rip, parked.Cs = v.slot+places.unmapped, userCS64
 	v.size = batchSize(b)
 	steps := []struct {
 		point string

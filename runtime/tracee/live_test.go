@@ -105,6 +105,11 @@ func cTarget(t *testing.T) string {
 	return build(t, "ctarget", args...)
 }
 
+// narrowTarget is the same program as 32-bit code.
+func narrowTarget(t *testing.T) string {
+	return build(t, "ctarget32", "gcc", "-m32", "-O1", "-pthread", "testdata/target.c", "testdata/spin32.S")
+}
+
 func goTarget(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(buildDir, "gotarget")
@@ -378,21 +383,23 @@ func TestCaveLayout(t *testing.T) {
 
 func TestRun(t *testing.T) {
 	lock(t)
-	g := startAll(t)
-	before := g.maps()
-	for i := range 100 {
-		together = i%2 == 1
-		if err := visitOnce(g.pid); err != nil {
-			t.Fatal(err)
+	for _, program := range []string{cTarget(t), narrowTarget(t)} {
+		g := start(t, program, "FILE", "all").waitReady()
+		before := g.maps()
+		for i := range 100 {
+			together = i%2 == 1
+			if err := visitOnce(g.pid); err != nil {
+				t.Fatal(err)
+			}
 		}
-	}
-	together = false
-	g.undisturbed(allThreads...)
-	if n := g.get(10, errorCount); n != 0 {
-		t.Error("pause returned")
-	}
-	if after := g.maps(); after != before {
-		t.Errorf("maps: %s", difference(before, after))
+		together = false
+		g.undisturbed(allThreads...)
+		if n := g.get(10, errorCount); n != 0 {
+			t.Error("pause returned")
+		}
+		if after := g.maps(); after != before {
+			t.Errorf("maps: %s", difference(before, after))
+		}
 	}
 }
 
@@ -504,8 +511,9 @@ func TestKilledAtEveryPoint(t *testing.T) {
 func testKilledAtEveryPoint(t *testing.T) {
 	lock(t)
 	for name, g := range map[string]*target{
-		"C":  startAll(t),
-		"Go": start(t, goTarget(t), "FILE").waitReady(),
+		"C":      startAll(t),
+		"32-bit": start(t, narrowTarget(t), "FILE", "all").waitReady(),
+		"Go":     start(t, goTarget(t), "FILE").waitReady(),
 	} {
 		before := g.maps()
 		for _, point := range livePoints {
@@ -517,7 +525,7 @@ func testKilledAtEveryPoint(t *testing.T) {
 		if err := visitPatiently(g.pid); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if name == "C" {
+		if name != "Go" {
 			g.undisturbed(allThreads...)
 			sameMaps(t, before, g)
 		} else {
@@ -558,8 +566,8 @@ func TestKilledAtRandom(t *testing.T) {
 	lock(t)
 	busybox := start(t, "/bin/busybox", "sh", "-c", "i=0; while :; do i=$((i+1)); [ $i = $((i*1)) ] || exit 9; done")
 	time.Sleep(50 * time.Millisecond)
-	targets := []*target{startAll(t), start(t, goTarget(t), "FILE").waitReady(), busybox}
-	before := targets[0].maps()
+	targets := []*target{startAll(t), start(t, goTarget(t), "FILE").waitReady(), busybox, start(t, narrowTarget(t), "FILE", "all").waitReady()}
+	before, narrow := targets[0].maps(), targets[3].maps()
 	inside, kills, used := 0, 600, map[int]string{}
 	if testing.Short() {
 		kills = 60
@@ -593,7 +601,9 @@ func TestKilledAtRandom(t *testing.T) {
 	}
 	targets[0].undisturbed(allThreads...)
 	targets[1].undisturbed(0)
+	targets[3].undisturbed(allThreads...)
 	sameMaps(t, before, targets[0])
+	sameMaps(t, narrow, targets[3])
 	busy := cpuTime(t, busybox.pid)
 	busybox.eventually("going on", func() bool { return cpuTime(t, busybox.pid) != busy })
 }
@@ -943,7 +953,12 @@ func TestRseqAbort(t *testing.T) {
 // Without a vdso the cave is behind the text of a file.
 func TestNoVdso(t *testing.T) {
 	lock(t)
-	g := start(t, cTarget(t), "FILE", "novdso").waitReady()
+	for _, program := range []string{cTarget(t), narrowTarget(t)} {
+		testNoVdso(t, start(t, program, "FILE", "novdso").waitReady())
+	}
+}
+
+func testNoVdso(t *testing.T, g *target) {
 	l, err := NewLive(g.pid)
 	if err != nil {
 		t.Fatal(err)
@@ -974,10 +989,8 @@ func TestRefused(t *testing.T) {
 	}
 	dispatching.command(1)
 	time.Sleep(10 * time.Millisecond)
-	bits32 := start(t, build(t, "spin32", "gcc", "-m32", "-nostdlib", "-static", "testdata/spin32.S"))
-	time.Sleep(10 * time.Millisecond)
 	filtered := start(t, cTarget(t), "FILE", "seccomp").waitReady()
-	for name, g := range map[string]*target{"dispatching": dispatching, "32-bit": bits32, "filtered": filtered} {
+	for name, g := range map[string]*target{"dispatching": dispatching, "filtered": filtered} {
 		err := withStopped(g.pid, func(l *Live, threads []*Thread) error {
 			threads[0].filtered = true // as if suspending seccomp had been denied
 			before, err := threads[0].Regs()
@@ -991,8 +1004,7 @@ func TestRefused(t *testing.T) {
 			return err
 		})
 		var refused *RefusedError
-		var none *NoCaveError
-		if !errors.As(err, &refused) && !(name == "32-bit" && errors.As(err, &none)) {
+		if !errors.As(err, &refused) {
 			t.Errorf("%s: %v", name, err)
 		}
 		g.alive()

@@ -49,7 +49,7 @@ func (v *visit) learnFilter(mode string) error {
 // without a call, its mask left alone.
 func (v *visit) enterQuietly(view Regs) error {
 	parked := view
-	parked.Rip, parked.R14 = v.slot+places.last, v.slot
+	parked.Rip, parked.Cs = v.slot+places.last, userCS64
 	steps := []struct {
 		point string
 		do    func() error

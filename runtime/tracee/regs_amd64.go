@@ -27,7 +27,8 @@ const (
 	eRestartNoHand  = 514
 	eRestartBlock   = 516
 	restartSyscall  = unix.SYS_RESTART_SYSCALL
-	syscallInsnSize = 2 // 0f 05
+	restartNarrow   = 0 // restart_syscall(2) of 32-bit code
+	syscallInsnSize = 2 // 0f 05, cd 80
 )
 
 // Regs reads the thread's general registers.
@@ -52,10 +53,12 @@ func (t *Thread) XState() ([]byte, error) {
 func (t *Thread) SetXState(b []byte) error { return t.SetRegSet(ntX86XState, b) }
 
 // KernelRegs makes the registers of the struct pt_regs with which a thread has
-// entered the kernel; the bases of its segments the kernel keeps apart.
-func KernelRegs(raw []byte, fs, gs uint64) (r Regs, err error) {
+// entered the kernel; the bases of its segments the kernel keeps apart, and the
+// selectors of ds, es, fs and gs.
+func KernelRegs(raw []byte, fs, gs uint64, selectors [4]uint16) (r Regs, err error) {
 	if _, err = binary.Decode(append(slices.Clone(raw), make([]byte, RegsSize-len(raw))...), binary.LittleEndian, &r.PtraceRegs); err == nil {
 		r.Fs_base, r.Gs_base = fs, gs
+		r.Ds, r.Es, r.Fs, r.Gs = uint64(selectors[0]), uint64(selectors[1]), uint64(selectors[2]), uint64(selectors[3])
 	}
 	return r, err
 }
@@ -84,14 +87,39 @@ func (r *Regs) IP() uint64 { return r.Rip }
 // SP is the stack pointer.
 func (r *Regs) SP() uint64 { return r.Rsp }
 
+// Narrow reports a thread that runs 32-bit code. Its system calls have numbers
+// and arguments of their own.
+func (r *Regs) Narrow() bool { return r.Cs == userCS32 }
+
+// foreign says why a thread cannot run our code and find its way back.
+func (r *Regs) foreign() string {
+	switch {
+	case r.Cs != userCS64 && !r.Narrow():
+		return "it runs in a code segment of its own (modify_ldt)"
+	case r.Narrow() && r.Ss != userDS:
+		return "its stack is in a segment of its own (modify_ldt)"
+	}
+	return ""
+}
+
 // Syscall returns the number of the system call the thread is stopped in and
 // the result the kernel holds for it; ok is false outside of one.
 func (r *Regs) Syscall() (nr uint64, result int64, ok bool) {
+	if r.Narrow() {
+		return uint64(uint32(r.Orig_rax)), int64(int32(r.Rax)), int32(r.Orig_rax) >= 0
+	}
 	return r.Orig_rax, int64(r.Rax), int64(r.Orig_rax) >= 0
 }
 
 // Args are the arguments of the system call the thread is stopped in.
 func (r *Regs) Args() [6]uint64 {
+	if r.Narrow() {
+		a := [6]uint64{r.Rbx, r.Rcx, r.Rdx, r.Rsi, r.Rdi, r.Rbp}
+		for i := range a {
+			a[i] = uint64(uint32(a[i]))
+		}
+		return a
+	}
 	return [6]uint64{r.Rdi, r.Rsi, r.Rdx, r.R10, r.R8, r.R9}
 }
 
@@ -103,7 +131,8 @@ func (r *Regs) NeedsRestartBlock() bool {
 }
 
 // Reenter makes the thread issue the call it is stopped in again, arguments
-// unchanged, by stepping back over the syscall instruction.
+// unchanged, by stepping back over the syscall instruction. (32-bit code that has
+// come in by sysenter stands behind an int $0x80 of the vdso's.)
 func (r *Regs) Reenter() {
 	r.Rax, r.Orig_rax = r.Orig_rax, noSyscall
 	r.Rip -= syscallInsnSize
@@ -153,6 +182,9 @@ func (r Regs) userView() Regs {
 			r.Rax, r.Rip = nr, r.Rip-syscallInsnSize
 		case eRestartBlock:
 			r.Rax, r.Rip = restartSyscall, r.Rip-syscallInsnSize
+			if r.Narrow() {
+				r.Rax = restartNarrow
+			}
 		}
 	}
 	r.Orig_rax = noSyscall

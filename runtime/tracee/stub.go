@@ -150,6 +150,9 @@ func (s *Stub) NewChild(pid, tid int) (*Stub, error) {
 	return &c, nil
 }
 
+// ErrFault is wrapped when a stub has met an instruction that it may not execute.
+var ErrFault = errors.New("its stub faulted")
+
 // toTrap resumes the stub until its INT3 and returns the ids of the tasks that
 // it cloned on the way.
 func (s *Stub) toTrap() (cloned []int, err error) {
@@ -172,7 +175,7 @@ func (s *Stub) toTrap() (cloned []int, err error) {
 			}
 			cloned = append(cloned, id)
 		case stop.Event == 0 && stop.Signal == unix.SIGSEGV:
-			return cloned, fmt.Errorf("task %d: its stub faulted", s.Tid)
+			return cloned, fmt.Errorf("task %d: %w", s.Tid, ErrFault)
 		}
 		if err := s.Cont(0); err != nil {
 			return cloned, err
@@ -291,9 +294,21 @@ func (s *Stub) failed(b *Batch, made int, data uint64) error {
 // are already the task's own: the stub rests in the stop at the call's exit,
 // and no code of ours need be left under its instruction pointer.
 func (s *Stub) Step(nr uintptr, args ...uint64) (int64, error) {
-	var a [6]uint64
+	return s.step(s.regs.forCall(s.code+serviceCall, nr, six(args)))
+}
+
+// StepNarrow is Step for a call of 32-bit code.
+func (s *Stub) StepNarrow(nr uintptr, args ...uint64) (int64, error) {
+	return s.step(s.regs.forNarrowCall(s.code+serviceNarrow, nr, six(args)))
+}
+
+func six(args []uint64) (a [6]uint64) {
 	copy(a[:], args)
-	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, a)); err != nil {
+	return a
+}
+
+func (s *Stub) step(call Regs) (int64, error) {
+	if err := s.SetRegs(call); err != nil {
 		return 0, err
 	}
 	for range 2 {
@@ -390,9 +405,14 @@ func (s *Stub) Scratch() uint64 { return s.base + ServiceSize - 64 }
 // Interrupted makes a call that would sleep and interrupts it at once; it
 // returns the kernel's own result, of which user space sees only the effect
 // (-ERESTART_RESTARTBLOCK). There is no race to lose: an interrupt that comes
-// before the thread sleeps stays pending, and keeps it from sleeping.
-func (s *Stub) Interrupted(nr uintptr, args [6]uint64) (int64, error) {
-	if err := s.SetRegs(s.regs.forCall(s.code+serviceCall, nr, args)); err != nil {
+// before the thread sleeps stays pending, and keeps it from sleeping. The kernel
+// notes by which kind of call, that of 64-bit or of 32-bit code, it will go on.
+func (s *Stub) Interrupted(narrow bool, nr uintptr, args [6]uint64) (int64, error) {
+	call := s.regs.forCall(s.code+serviceCall, nr, args)
+	if narrow {
+		call = s.regs.forNarrowCall(s.code+serviceNarrow, nr, args)
+	}
+	if err := s.SetRegs(call); err != nil {
 		return 0, err
 	}
 	if err := s.toSyscallStop(); err != nil {

@@ -7,8 +7,9 @@ import (
 
 // Offsets into the service code of stub_amd64.s.
 const (
-	serviceCall  = 0
-	serviceBatch = 16
+	serviceCall   = 0
+	serviceNarrow = 8
+	serviceBatch  = 16
 )
 
 // entrySize is the size of one entry of a batch as serviceBatch walks it.
@@ -19,6 +20,7 @@ const (
 	entryTolerate = 1
 	entryGuarded  = 2 // wait for the next flag
 	entryOpen     = 4
+	entryNarrow   = 8 // a call of 32-bit code; stubs only
 
 	entryRet   = 56
 	entryFlags = 64
@@ -47,6 +49,9 @@ func (b *Batch) encode(dst []byte, data uint64) {
 		if c.Tolerate {
 			flags = entryTolerate
 		}
+		if c.Narrow {
+			flags |= entryNarrow
+		}
 		binary.LittleEndian.PutUint64(e[64:], flags)
 	}
 }
@@ -64,9 +69,17 @@ func (r Regs) forCall(ip uint64, nr uintptr, a [6]uint64) Regs {
 	return r
 }
 
+// forNarrowCall returns the registers with which it issues a call of 32-bit code,
+// for which it need not be such itself (int $0x80).
+func (r Regs) forNarrowCall(ip uint64, nr uintptr, a [6]uint64) Regs {
+	r.Rip, r.Rax, r.Orig_rax = ip, uint64(nr), noSyscall
+	r.Rbx, r.Rcx, r.Rdx, r.Rsi, r.Rdi, r.Rbp = a[0], a[1], a[2], a[3], a[4], a[5]
+	return r
+}
+
 // forBatch returns the registers with which a stub runs a batch.
 func (r Regs) forBatch(ip, entries uint64, n int) Regs {
-	r.Rip, r.Orig_rax, r.Rbx, r.R12 = ip, noSyscall, entries, uint64(n)
+	r.Rip, r.Orig_rax, r.R13, r.R12 = ip, noSyscall, entries, uint64(n)
 	return r
 }
 

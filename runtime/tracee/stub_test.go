@@ -241,15 +241,15 @@ func TestStubInterrupted(t *testing.T) {
 	s := newStub(t)
 	must(t, s.Write(s.Scratch(), binary.LittleEndian.AppendUint64(nil, 1000))) // seconds
 	for range 20 {                                                             // there is no race to lose
-		got, err := s.Interrupted(unix.SYS_NANOSLEEP, [6]uint64{s.Scratch()})
+		got, err := s.Interrupted(false, unix.SYS_NANOSLEEP, [6]uint64{s.Scratch()})
 		if got != -eRestartBlock || err != nil {
 			t.Fatalf("nanosleep gives %d, %v", got, err)
 		}
 	}
-	if got, err := s.Interrupted(unix.SYS_PAUSE, [6]uint64{}); got != -eRestartNoHand || err != nil {
+	if got, err := s.Interrupted(false, unix.SYS_PAUSE, [6]uint64{}); got != -eRestartNoHand || err != nil {
 		t.Errorf("pause gives %d, %v", got, err)
 	}
-	if got, err := s.Interrupted(unix.SYS_GETPID, [6]uint64{}); got != 1 || err != nil {
+	if got, err := s.Interrupted(false, unix.SYS_GETPID, [6]uint64{}); got != 1 || err != nil {
 		t.Errorf("getpid gives %d, %v", got, err)
 	}
 	var b Batch

@@ -148,6 +148,11 @@ static void queue_rt(struct state *to, unsigned *seq)
 }
 
 /* ---- sleeping calls ---- */
+#ifdef SYS__newselect
+#define SELECT SYS__newselect
+#else
+#define SELECT SYS_select
+#endif
 static int pipes[2];
 static unsigned gate;
 
@@ -165,7 +170,7 @@ static void timed(struct state *s, int kind)
 		case 0: r = syscall(SYS_nanosleep, &q, 0); break;
 		case 1: r = syscall(SYS_poll, 0, 0, 15); break;
 		case 2: r = syscall(SYS_futex, &never, FUTEX_WAIT, 0, &q, 0, 0); break;
-		case 3: r = syscall(SYS_select, 0, 0, 0, 0, &tv); break;
+		case 3: r = syscall(SELECT, 0, 0, 0, 0, &tv); break;
 		case 4: r = syscall(SYS_ppoll, 0, 0, &q, 0, 8); break;
 		case 5: r = syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &q, 0); break;
 		}
@@ -327,6 +332,7 @@ static void *rseq_thread(void *arg)
 	}
 	while (COMMAND != 1) {
 		int done = 0;
+#ifdef __x86_64__
 		asm volatile(
 			".pushsection __rseq_cs, \"aw\"\n"
 			".balign 32\n"
@@ -347,6 +353,7 @@ static void *rseq_thread(void *arg)
 			"5:\n"
 			: [cs] "=m"(area.cs), [counter] "+m"(counter), [done] "+m"(done)
 			:: "rax", "rcx", "rdx", "cc", "memory");
+#endif
 		if (done)
 			s->rounds++;
 		else
@@ -421,19 +428,32 @@ static void cont_mode(void)
 }
 
 /* ---- no vdso: our code goes behind the text ---- */
+static long call(long nr, unsigned long a, unsigned long b)
+{
+#ifdef __i386__ /* whose libc makes its calls by way of the vdso */
+	long ret;
+	asm volatile("int $0x80" : "=a"(ret) : "0"(nr), "b"(a), "c"(b) : "memory");
+	return ret;
+#else
+	return syscall(nr, a, b);
+#endif
+}
+
 static void novdso_mode(void)
 {
 	char line[256];
-	unsigned long from, to;
+	unsigned long from[8], to[8], n = 0;
 	FILE *f = fopen("/proc/self/maps", "r");
-	while (fgets(line, sizeof line, f))
-		if (strstr(line, "[v") && !strstr(line, "vsyscall") && sscanf(line, "%lx-%lx", &from, &to) == 2)
-			syscall(SYS_munmap, from, to - from);
+	while (n < 8 && fgets(line, sizeof line, f))
+		if (strstr(line, "[v") && !strstr(line, "vsyscall") && sscanf(line, "%lx-%lx", &from[n], &to[n]) == 2)
+			n++;
 	fclose(f);
+	while (n--)
+		call(SYS_munmap, from[n], to[n] - from[n]);
 	for (;; states[0].rounds++) {
 		struct timespec q = {0, 100000};
 		states[62].rounds = 1;
-		if (syscall(SYS_nanosleep, &q, 0))
+		if (call(SYS_nanosleep, (unsigned long)&q, 0))
 			states[0].eintr++;
 	}
 }
