@@ -545,6 +545,8 @@ func TestManyConnections(t *testing.T) {
 		}
 	}
 	all()
+	c.checkpoint("--tcp-established", "--leave-running")
+	all()
 	c.checkpoint("--tcp-established")
 	c.mustBeGone()
 	r := c.restore("--tcp-established")

@@ -232,6 +232,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	}
 	if err == nil {
 		k.learned = newLearned(k.Log)
+		c.sockets.Alike = k.learned.alikeSockets
 		err = k.expect()
 	}
 	if err == nil {

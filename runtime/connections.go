@@ -196,10 +196,8 @@ func (k *checkpoint) silence(ctx context.Context) error {
 }
 
 func (k *checkpoint) silenceAll(all []*sock.Connection) error {
-	for _, c := range all {
-		if err := c.Silence(); err != nil {
-			return err
-		}
+	if err := sock.Silence(all); err != nil {
+		return err
 	}
 	if err := fault.Point("tcp.silent"); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"sync"
 
+	"github.com/ocickpt/ocickpt/nsutil"
 	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
@@ -18,6 +19,7 @@ type learned struct {
 	terminals             question[*bpf.Terminals]
 	rings                 question[*bpf.AIO]
 	queues                question[*bpf.Queues]
+	sockets               question[*bpf.TCPSockets]
 	allBlocks             func() map[int]bpf.RestartBlock
 }
 
@@ -51,7 +53,7 @@ func (q *question[Q]) close() {
 func newLearned(log *slog.Logger) *learned {
 	l := &learned{log: log}
 	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load, l.rings.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals, bpf.NewAIO
-	l.queues.load = bpf.NewQueues
+	l.queues.load, l.sockets.load = bpf.NewQueues, bpf.NewTCPSockets
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
@@ -92,6 +94,7 @@ func (l *learned) close() {
 	l.terminals.close()
 	l.rings.close()
 	l.queues.close()
+	l.sockets.close()
 }
 
 // ask asks. Without an answer the caller warns.
@@ -121,6 +124,18 @@ func (l *learned) timersOf(pid int) (map[int32]bpf.Timer, bool) {
 // unread is what waits in the terminals, nil if that cannot be told.
 func (l *learned) unread() map[bpf.Side]bpf.Unread {
 	return ask(l, &l.terminals, (*bpf.Terminals).Unread)
+}
+
+// alikeSockets tells which sockets of TCP of a network namespace are alike.
+func (l *learned) alikeSockets(netns string) (alike map[uint64]int, err error) {
+	q, err := l.sockets.ready()
+	if err == nil {
+		err = nsutil.Inside(netns, func() error { alike, err = q.Alike(); return err })
+	}
+	if err != nil {
+		l.log.Debug("sockets cannot be compared by BPF", "error", err)
+	}
+	return alike, err
 }
 
 // contextsOf is what the kernel knows of a process's contexts of asynchronous I/O now.

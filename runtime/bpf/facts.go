@@ -42,7 +42,8 @@ const none = -1
 // asked before.
 type kernel struct {
 	known   map[string]int32
-	learned bool // more than was remembered
+	learned bool      // more than was remembered
+	spec    *btf.Spec // once something had to be found out
 }
 
 // number is one that is known, or found out.
@@ -52,11 +53,13 @@ func (k *kernel) number(name string, find func(*btf.Spec) (int32, error)) (int32
 	} else if ok {
 		return 0, fmt.Errorf("this kernel has no %s", name)
 	}
-	spec, err := btf.LoadKernelSpec()
-	if err != nil {
-		return 0, fmt.Errorf("type information of the kernel: %w", err)
+	if k.spec == nil {
+		var err error
+		if k.spec, err = btf.LoadKernelSpec(); err != nil {
+			return 0, fmt.Errorf("type information of the kernel: %w", err)
+		}
 	}
-	n, err := find(spec)
+	n, err := find(k.spec)
 	if err != nil {
 		k.learn(name, none)
 		return 0, err

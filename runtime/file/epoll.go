@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -166,8 +168,8 @@ func (m *Maker) disarm(by *tracee.Stub, fd int, spent []image.EpollEntry, number
 		data uint64
 	}
 	armed := map[name]bool{}
-	for _, e := range entriesIn(info) {
-		armed[name{e.FD, e.Data}] = !fired(&e)
+	for _, e := range interestIn(info) {
+		armed[name{e.FD, e.Data}] = !fired(&e.EpollEntry)
 	}
 	var b tracee.Batch
 	for i := range spent {
@@ -253,8 +255,9 @@ func (m *Maker) registerIn(by *tracee.Stub, refs []image.Ref) error {
 func (s *Set) interest(d *Description) error {
 	rec := d.Record.Epoll
 	repeats := map[int32]uint32{}
-	for _, e := range entriesIn(d.seen.info) {
-		target, err := s.target(d.seen, e.FD, repeats[e.FD])
+	for _, one := range interestIn(d.seen.info) {
+		e := one.EpollEntry
+		target, err := s.target(d.seen, &one, repeats[e.FD])
 		if err != nil {
 			return err
 		}
@@ -276,25 +279,67 @@ func (s *Set) interest(d *Description) error {
 	return nil
 }
 
-// entriesIn reads the entries of an epoll from its fdinfo, but for their files.
-func entriesIn(info []byte) (all []image.EpollEntry) {
+// watchedFile is an entry as fdinfo shows it, with the number of the inode behind it
+// and the kernel's own of its file system.
+type watchedFile struct {
+	image.EpollEntry
+	ino, dev uint64
+}
+
+// interestIn reads the entries of an epoll from its fdinfo (ep_show_fdinfo in
+// fs/eventpoll.c): "tfd: 5 events: 19 data: 5 pos:0 ino:61af sdev:8".
+func interestIn(info []byte) (all []watchedFile) {
 	for line := range bytes.Lines(info) {
-		var e image.EpollEntry
-		if n, _ := fmt.Sscanf(string(line), "tfd: %d events: %x data: %x", &e.FD, &e.Events, &e.Data); n == 3 {
-			all = append(all, e)
+		if !bytes.HasPrefix(line, []byte("tfd:")) {
+			continue
 		}
+		var w watchedFile
+		words := strings.Fields(strings.ReplaceAll(string(line), ":", " "))
+		for i := 0; i+1 < len(words); i += 2 {
+			base := 16
+			if words[i] == "tfd" {
+				base = 10
+			}
+			v, _ := strconv.ParseUint(words[i+1], base, 64)
+			switch words[i] {
+			case "tfd":
+				w.FD = int32(v)
+			case "events":
+				w.Events = uint32(v)
+			case "data":
+				w.Data = v
+			case "ino":
+				w.ino = v
+			case "sdev":
+				w.dev = v
+			}
+		}
+		all = append(all, w)
 	}
 	return all
+}
+
+// is reports that a descriptor is the file of an entry for sure: a socket has an inode
+// of its own, and nobody can open it once more.
+func (w *watchedFile) is(one *seen) bool {
+	const minorBits = 20 // MKDEV in include/linux/kdev_t.h
+	dev := uint64(unix.Major(one.stat.Dev))<<minorBits | uint64(unix.Minor(one.stat.Dev))
+	return one.format() == unix.S_IFSOCK && w.ino == one.stat.Ino && w.dev == dev
 }
 
 // epollSlot is struct kcmp_epoll_slot: the nth entry of number tfd.
 type epollSlot struct{ efd, tfd, toff uint32 }
 
 // target finds the file behind an entry: most often the one that still has the
-// number, else one of all the container's.
-func (s *Set) target(ep *seen, tfd int32, nth uint32) (*Description, error) {
+// number, else one of all the container's. The kernel is asked where it must be: it
+// goes through all entries of an epoll to find the one.
+func (s *Set) target(ep *seen, w *watchedFile, nth uint32) (*Description, error) {
+	tfd := w.FD
 	slot := epollSlot{uint32(ep.fd), uint32(tfd), nth}
 	is := func(one *seen) bool {
+		if w.is(one) {
+			return true
+		}
 		c, err := kcmp(one.proc.Pid, ep.proc.Pid, kcmpEpollTFD, uintptr(one.fd), uintptr(unsafe.Pointer(&slot)))
 		return err == nil && c == 0
 	}

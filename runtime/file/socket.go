@@ -2,7 +2,6 @@ package file
 
 import (
 	"fmt"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -14,11 +13,11 @@ import (
 
 // inContainersNetwork refuses a socket of another network namespace than the
 // container's (SIOCGSKNS, socket(7)): it would be made again in that one.
-func (s *Set) inContainersNetwork(f *os.File) error {
+func (s *Set) inContainersNetwork(fd int) error {
 	if s.NetNS == 0 {
 		return nil
 	}
-	ns, err := unix.IoctlRetInt(int(f.Fd()), unix.SIOCGSKNS)
+	ns, err := unix.IoctlRetInt(fd, unix.SIOCGSKNS)
 	if err != nil {
 		return fmt.Errorf("its network namespace: %w", err)
 	}
@@ -38,17 +37,19 @@ var socket = kind{
 	name: image.KindSocket,
 	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFSOCK },
 	read: func(s *Set, d *Description) error {
-		f, err := d.seen.own()
+		f, err := d.seen.hold()
 		if err != nil {
 			return err
 		}
 		defer f.Close()
-		if err := s.inContainersNetwork(f); err != nil {
-			return err
+		in, fd := s.insideOf(d.seen.proc.Pid), int(f.Fd())
+		if !in.Like(d.seen.stat.Ino) {
+			if err := s.inContainersNetwork(fd); err != nil {
+				return err
+			}
 		}
-		in := s.insideOf(d.seen.proc.Pid)
 		d.Record.Kind = image.KindSocket
-		if d.Record.Socket, err = sock.Read(in, f, d.seen.stat.Ino); err != nil {
+		if d.Record.Socket, err = sock.Read(in, fd, d.seen.stat.Ino); err != nil {
 			return err
 		}
 		return s.note(d, in)

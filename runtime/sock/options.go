@@ -187,20 +187,28 @@ func readOptions(in *Inside, fd int, fam *family, s *image.Socket) error {
 		}
 	}
 	for _, list := range [][]option{generic, fam.options, final} {
-		for _, o := range list {
-			if s.TCP != nil && o.level == unix.SOL_TCP && slices.Contains(before, o.name) {
-				continue
-			}
-			value, err := get(fd, o.level, o.name, make([]byte, o.size))
-			if err != nil {
-				return err
-			}
-			if value != nil && !defaults(usual, o, value) {
-				s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value})
-			}
+		if err := readList(list, usual, fd, s); err != nil {
+			return err
 		}
 	}
 	oneTimestamping(s)
+	return nil
+}
+
+// readList records those of a list of options that are not the usual ones.
+func readList(list []option, usual map[option]string, fd int, s *image.Socket) error {
+	for _, o := range list {
+		if s.TCP != nil && slices.Contains(before, [2]int{o.level, o.name}) {
+			continue
+		}
+		value, err := get(fd, o.level, o.name, make([]byte, o.size))
+		if err != nil {
+			return err
+		}
+		if value != nil && !defaults(usual, o, value) {
+			s.Options = append(s.Options, image.SocketOpt{Level: int32(o.level), Name: int32(o.name), Value: value})
+		}
+	}
 	return nil
 }
 

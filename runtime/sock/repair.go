@@ -6,9 +6,12 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -117,44 +120,83 @@ func ReadConnections(all []*Connection) error {
 		ends[PairOf(c.Record)] = true
 	}
 	for range readTries {
-		moved := false
-		for _, c := range all {
+		var moved atomic.Bool
+		err := eachOpen(all, func(c *Connection, fd int) error {
 			p := PairOf(c.Record)
-			same, err := c.readOnce(!ends[Pair{Local: p.Peer, Peer: p.Local}])
-			if err != nil {
-				return c.Named(err)
+			same, err := c.readOnce(fd, !ends[Pair{Local: p.Peer, Peer: p.Local}])
+			if !same {
+				moved.Store(true)
 			}
-			moved = moved || !same
-		}
-		if !moved {
-			return nil
+			return err
+		})
+		if err != nil || !moved.Load() {
+			return err
 		}
 	}
 	return &fail.Error{Cause: errors.New("TCP connections do not come to rest"), Remedy: "try again"}
 }
 
+// share is how many connections are worth a thread of their own.
+const share = 256
+
+// eachOpen calls f for all connections, each with a descriptor of our own, by several
+// threads if they are many.
+func eachOpen(all []*Connection, f func(c *Connection, fd int) error) (err error) {
+	pidfds := map[int]int{}
+	defer func() {
+		for _, fd := range pidfds {
+			_ = unix.Close(fd)
+		}
+	}()
+	for _, c := range all {
+		if _, ok := pidfds[c.Pid]; !ok {
+			if pidfds[c.Pid], err = tracee.Pidfd(c.Pid); err != nil {
+				delete(pidfds, c.Pid)
+				return c.Named(err)
+			}
+		}
+	}
+	one := func(c *Connection) error {
+		fd, err := unix.PidfdGetfd(pidfds[c.Pid], c.FD, 0)
+		if err != nil {
+			return c.Named(fmt.Errorf("pidfd_getfd of fd %d in task %d: %w", c.FD, c.Pid, err))
+		}
+		defer unix.Close(fd)
+		return c.Named(f(c, fd))
+	}
+	threads := min(1+len(all)/share, runtime.GOMAXPROCS(0))
+	errs := make([]error, threads)
+	var wait sync.WaitGroup
+	for i := range threads {
+		wait.Go(func() {
+			for _, c := range all[len(all)*i/threads : len(all)*(i+1)/threads] {
+				if errs[i] = one(c); errs[i] != nil {
+					return
+				}
+			}
+		})
+	}
+	wait.Wait()
+	return errors.Join(errs...)
+}
+
 // readOnce reads a connection, unless nothing has changed since the last time. One
 // whose other end is not read is good if nothing changed while it was: its peer may
 // go on for as long as it likes.
-func (c *Connection) readOnce(alone bool) (same bool, err error) {
+func (c *Connection) readOnce(fd int, alone bool) (same bool, err error) {
 	if c.steady {
 		return true, nil
 	}
-	f, err := c.open()
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	now, err := readMoving(int(f.Fd()))
+	now, err := readMoving(fd)
 	if err != nil || now == c.read {
 		return true, err
 	}
-	if c.Content, err = readConnection(int(f.Fd()), c.Record); err != nil {
+	if c.Content, err = readConnection(fd, c.Record); err != nil {
 		return false, err
 	}
 	c.read = now
 	if alone {
-		now, err = readMoving(int(f.Fd()))
+		now, err = readMoving(fd)
 		c.steady = err == nil && now == c.read
 	}
 	return c.steady, err
@@ -220,7 +262,11 @@ func readAgreed(fd int, t *image.TCP) error {
 // for the program cannot be asked without taking it away: nearly always it is this.
 func readShut(fd int, t *image.TCP) error {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP | unix.POLLPRI}}
-	if _, err := unix.Poll(fds, 0); err != nil {
+	_, err := unix.Poll(fds, 0)
+	for err == unix.EINTR { // Go interrupts its threads
+		_, err = unix.Poll(fds, 0)
+	}
+	if err != nil {
 		return fmt.Errorf("poll: %w", err)
 	}
 	switch {
@@ -369,18 +415,15 @@ func setSequence(fd, queue int, seq uint32) error {
 	return setInt(fd, unix.SOL_TCP, unix.TCP_QUEUE_SEQ, int(int32(seq)))
 }
 
-// Silence puts the connection into repair mode, in which its end is not told to
-// its peer.
-func (c *Connection) Silence() error {
-	if c.Record.TCP.State == tcpClose {
-		return nil
-	}
-	f, err := c.open()
-	if err != nil {
-		return c.Named(err)
-	}
-	defer f.Close()
-	return c.Named(setRepair(int(f.Fd()), repairOn))
+// Silence puts connections into repair mode, in which their end is not told to
+// their peers.
+func Silence(all []*Connection) error {
+	return eachOpen(all, func(c *Connection, fd int) error {
+		if c.Record.TCP.State == tcpClose {
+			return nil
+		}
+		return setRepair(fd, repairOn)
+	})
 }
 
 // Unrepair ends the repair of a socket that is open as fd in a task, if it is in

@@ -189,8 +189,7 @@ func repairPair(t *testing.T, domain int, fill func(*testing.T, *os.File) int) {
 		}
 		hold := &Hold{Table: "ocickpt-test", NetNS: netns}
 		must(t, hold.Put([]Pair{PairOf(a.Record), PairOf(b.Record)}))
-		must(t, a.Silence())
-		must(t, b.Silence())
+		must(t, Silence([]*Connection{a, b}))
 		must(t, client.Close())
 		must(t, server.Close())
 		r := again(t, a, b)
@@ -262,7 +261,7 @@ func TestRepairStates(t *testing.T) {
 				hold := &Hold{Table: "ocickpt-test", NetNS: netns}
 				must(t, hold.Put(pairs))
 				for i, c := range connections {
-					must(t, c.Silence())
+					must(t, Silence([]*Connection{c}))
 					must(t, all[i].Close())
 				}
 				remade := again(t, connections...)
@@ -308,7 +307,7 @@ func TestSynSent(t *testing.T) {
 		one := connectionOf(t, c)
 		one.Record.TCP.Peer = rawAddress(peer)
 		must(t, ReadConnections([]*Connection{one}))
-		must(t, one.Silence())
+		must(t, Silence([]*Connection{one}))
 		must(t, c.Close())
 		l := open(t, unix.AF_INET, unix.SOCK_STREAM, 0)
 		must(t, unix.Bind(fd(l), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 5000}))

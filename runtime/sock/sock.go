@@ -32,6 +32,9 @@ type Inside struct {
 	diagnoses map[int]*diagnosis // by family
 	fresh     map[[3]int32]map[option]string
 	unix      map[uint64]*Diagnosis // by inode
+	met       int                   // connections of TCP that were read
+	classes   map[uint64]int        // of those that are alike, by inode
+	models    map[int]*image.Socket // of each class
 }
 
 // IDs translate what the host shows into the container's own numbers.
@@ -49,6 +52,8 @@ type Choices struct {
 	// Outside is one of Outsides, for unix sockets.
 	Outside string
 	Warn    func(format string, args ...any)
+	// Alike is nil where it cannot be told.
+	Alike Alike
 }
 
 // family is one address family, both directions.
@@ -115,10 +120,43 @@ func number(fd, level, name int) (int, error) {
 	return v, nil
 }
 
-// Read describes the socket that f is. Sockets with a peer or with data on the
+// Read describes the socket that fd is. Sockets with a peer or with data on the
 // way are refused: they come with a later version.
-func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
-	fd := int(f.Fd())
+func Read(in *Inside, fd int, inode uint64) (*image.Socket, error) {
+	model := in.model(inode)
+	s, err := readKind(fd, model)
+	if err != nil {
+		return nil, err
+	}
+	fam := familyOf(s)
+	if fam == nil {
+		return nil, unsupported(s)
+	}
+	if s.Address, err = boundAddress(fd); err != nil {
+		return nil, err
+	}
+	if err := fam.read(in, fd, inode, s); err != nil {
+		return nil, err
+	}
+	if model != nil {
+		err = readSingle(in, fd, fam, s)
+	} else if err = readOptions(in, fd, fam, s); err == nil {
+		in.keepModel(inode, s)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if s.Family == unix.AF_UNIX {
+		return s, nil
+	}
+	return s, in.nameDevices(s)
+}
+
+// readKind begins a record, with all that the socket has in common with a model.
+func readKind(fd int, model *image.Socket) (*image.Socket, error) {
+	if model != nil {
+		return likeModel(model), nil
+	}
 	s := &image.Socket{}
 	for name, to := range map[int]*int32{unix.SO_DOMAIN: &s.Family, unix.SO_TYPE: &s.Type, unix.SO_PROTOCOL: &s.Protocol} {
 		v, err := number(fd, unix.SOL_SOCKET, name)
@@ -127,27 +165,10 @@ func Read(in *Inside, f *os.File, inode uint64) (*image.Socket, error) {
 		}
 		*to = int32(v)
 	}
-	fam := familyOf(s)
-	if fam == nil {
-		return nil, unsupported(s)
-	}
 	if v, err := number(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err == nil {
 		s.Listening = v != 0
 	}
-	var err error
-	if s.Address, err = boundAddress(fd); err != nil {
-		return nil, err
-	}
-	if err := fam.read(in, fd, inode, s); err != nil {
-		return nil, err
-	}
-	if err := readOptions(in, fd, fam, s); err != nil {
-		return nil, err
-	}
-	if s.Family == unix.AF_UNIX {
-		return s, nil
-	}
-	return s, in.nameDevices(s)
+	return s, nil
 }
 
 // boundAddress and peerAddress are the raw struct sockaddr of getsockname(2) and

@@ -62,7 +62,7 @@ func read(f *os.File) (*image.Socket, error) {
 	if err := unix.Fstat(fd(f), &st); err != nil {
 		return nil, err
 	}
-	return Read(here(), f, st.Ino)
+	return Read(here(), fd(f), st.Ino)
 }
 
 // listening returns a socket that listens at an address of its own.

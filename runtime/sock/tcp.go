@@ -72,7 +72,11 @@ var tcp = family{
 
 // before are options that mean something before there is a connection only, and of
 // one that there is tell what has become of them.
-var before = []int{unix.TCP_MAXSEG, unix.TCP_WINDOW_CLAMP, unix.TCP_QUICKACK, unix.TCP_FASTOPEN, unix.TCP_FASTOPEN_CONNECT, unix.TCP_FASTOPEN_KEY, unix.TCP_SAVE_SYN}
+var before = [][2]int{
+	{unix.SOL_TCP, unix.TCP_MAXSEG}, {unix.SOL_TCP, unix.TCP_WINDOW_CLAMP}, {unix.SOL_TCP, unix.TCP_QUICKACK}, {unix.SOL_TCP, unix.TCP_FASTOPEN},
+	{unix.SOL_TCP, unix.TCP_FASTOPEN_CONNECT}, {unix.SOL_TCP, unix.TCP_FASTOPEN_KEY}, {unix.SOL_TCP, unix.TCP_SAVE_SYN},
+	{unix.SOL_SOCKET, unix.SO_INCOMING_CPU}, // every packet sets it anew
+}
 
 func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if err := plainTCP(in, fd, inode, s); err != nil {
@@ -97,7 +101,9 @@ func readTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if info.State == tcpClose {
 		return nil // it has ended, and its peer is forgotten
 	}
-	in.warnOfSavedSYN(fd, s)
+	if !in.Like(inode) { // others would not be like one with a SYN of its own
+		in.warnOfSavedSYN(fd, s)
+	}
 	return in.readPeer(fd, inode, s)
 }
 
@@ -209,13 +215,10 @@ func plainTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	if s.Protocol == ipprotoMPTCP {
 		return nil // what its subflows have is its own affair
 	}
-	name, err := unix.GetsockoptString(fd, unix.SOL_TCP, unix.TCP_ULP)
-	if err == nil && name != "" {
-		return fail.Refuse("", fmt.Sprintf("it has the upper layer protocol %q (TCP_ULP), whose keys and records the kernel does not give back", name), "close it before the checkpoint")
-	}
-	const aoInfo = 128 // more than struct tcp_ao_info_opt
-	if ao, err := get(fd, unix.SOL_TCP, tcpAOInfo, make([]byte, aoInfo)); err == nil && ao != nil {
-		return fail.Refuse("", "it signs its segments (TCP_AO), and the kernel does not give the keys back", "close it before the checkpoint")
+	if !in.Like(inode) {
+		if err := nothingBetween(fd); err != nil {
+			return err
+		}
 	}
 	d, err := in.diagnosis(int(s.Family))
 	if err != nil {
@@ -223,6 +226,19 @@ func plainTCP(in *Inside, fd int, inode uint64, s *image.Socket) error {
 	}
 	if d.signed[inode] {
 		return fail.Refuse("", "it signs its segments (TCP_MD5SIG), and the kernel does not give the keys back", "close it before the checkpoint")
+	}
+	return nil
+}
+
+// nothingBetween refuses what options tell to stand there.
+func nothingBetween(fd int) error {
+	name, err := unix.GetsockoptString(fd, unix.SOL_TCP, unix.TCP_ULP)
+	if err == nil && name != "" {
+		return fail.Refuse("", fmt.Sprintf("it has the upper layer protocol %q (TCP_ULP), whose keys and records the kernel does not give back", name), "close it before the checkpoint")
+	}
+	const aoInfo = 128 // more than struct tcp_ao_info_opt
+	if ao, err := get(fd, unix.SOL_TCP, tcpAOInfo, make([]byte, aoInfo)); err == nil && ao != nil {
+		return fail.Refuse("", "it signs its segments (TCP_AO), and the kernel does not give the keys back", "close it before the checkpoint")
 	}
 	return nil
 }

@@ -111,7 +111,7 @@ func TestMPTCPConnections(t *testing.T) {
 				defer accepted.Close()
 				for f, own := range map[*os.File]int{c: client, accepted: server} {
 					in := &Inside{NetNS: netns, Choices: Choices{Established: true}}
-					_, err := Read(in, f, 0)
+					_, err := Read(in, fd(f), 0)
 					want := map[bool]string{true: "fallen back", false: "a connection of MPTCP"}[client != server]
 					if protocol, e := number(fd(f), unix.SOL_SOCKET, unix.SO_PROTOCOL); e != nil || protocol == unix.IPPROTO_TCP {
 						if err != nil {
@@ -136,7 +136,7 @@ func TestInFlight(t *testing.T) {
 	var warned string
 	in := here()
 	in.SkipInFlight, in.Warn = true, func(format string, args ...any) { warned += format }
-	if s, err := Read(in, l, 0); err != nil || !s.Listening || !strings.Contains(warned, "they are reset") {
+	if s, err := Read(in, fd(l), 0); err != nil || !s.Listening || !strings.Contains(warned, "they are reset") {
 		t.Errorf("%+v, %v, %q", s, err, warned)
 	}
 }

@@ -201,6 +201,22 @@ static void check_self(int fd)
 	need(!getsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &value, &size) && value == 77);
 }
 
+/* Some of many connections have an option of their own, which must stay theirs. */
+static int own_idle(int fd)
+{
+	return fd % 3 ? 7200 : 1000 + fd % 5;
+}
+
+static void check_idle(int fd)
+{
+	int idle = 0;
+	socklen_t size = sizeof(idle);
+
+	need(!getsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, &size));
+	if (idle != own_idle(fd))
+		fail("keep-alive of fd %d after %d s", fd, idle);
+}
+
 /* serve_many echoes what comes through any of its connections. */
 static void serve_many(int listener)
 {
@@ -208,6 +224,7 @@ static void serve_many(int listener)
 	int epfd = epoll_create1(0), fd;
 	char buf[4096];
 	ssize_t n;
+	int idle;
 
 	need(epfd >= 0);
 	event.data.fd = listener;
@@ -219,11 +236,15 @@ static void serve_many(int listener)
 			fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
 			if (fd < 0)
 				continue; /* another one has it */
+			idle = own_idle(fd);
+			if (idle != 7200)
+				need(!setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle)));
 			event.events = EPOLLIN;
 			event.data.fd = fd;
 			need(!epoll_ctl(epfd, EPOLL_CTL_ADD, fd, &event));
 			continue;
 		}
+		check_idle(fd);
 		n = read(fd, buf, sizeof(buf));
 		if (n > 0)
 			write_all(fd, buf, n);
