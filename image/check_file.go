@@ -79,7 +79,7 @@ func (b *builder) checkFile(f *File) error {
 	if o := f.Owner; o != nil && (o.Type < 0 || o.Type > 2 || o.ID < 0 || o.Signal < 0 || o.Signal > 64) {
 		return fmt.Errorf("owner %d of type %d with signal %d", o.ID, o.Type, o.Signal)
 	}
-	if err := first(b.checkRemoved(f), b.checkAbout(f)); err != nil {
+	if err := first(b.checkRemoved(f), b.checkAbout(f), f.checkReading()); err != nil {
 		return err
 	}
 	switch want {
@@ -149,6 +149,23 @@ func (b *builder) checkRemoved(f *File) error {
 		return nil
 	}
 	return fmt.Errorf("an open file of kind %s with a file of mode %#o", f.Kind, inode.Mode)
+}
+
+// checkReading checks what is still to come of a directory. It is compared with
+// names that are there, and names nothing by itself.
+func (f *File) checkReading() error {
+	if f.Reading == nil {
+		return nil
+	}
+	if f.Kind != KindDirectory {
+		return fmt.Errorf("an open file of kind %s that has been read like a directory", f.Kind)
+	}
+	for _, name := range f.Reading.Rest {
+		if name == "" || strings.Contains(name, "/") || len(name) > maxName {
+			return fmt.Errorf("%s is no name in a directory", quote(name))
+		}
+	}
+	return nil
 }
 
 func (b *builder) isMountNamespace(ref Ref) bool {

@@ -264,6 +264,12 @@ func TestBadObjects(t *testing.T) {
 		{"owner 1 of type 0 with signal 65", on(func(f *File) bool { f.Owner = &Owner{ID: 1, Signal: 65}; return true })},
 		{"names no file without a name", on(func(f *File) bool { f.Removed = refStdin; return f.Kind == KindRegular })},
 		{"with a file of mode", on(func(f *File) bool { f.Kind = KindDirectory; return f.Removed != 0 })},
+		{"read like a directory", on(func(f *File) bool { f.Reading = &Reading{}; return f.Kind == KindRegular })},
+		{`"a/b" is no name in a directory`, on(func(f *File) bool {
+			was := f.Kind
+			f.Kind, f.Reading = KindDirectory, &Reading{Rest: []string{"a/b"}}
+			return was == KindRegular && f.Removed == 0
+		})},
 		{"mode 01100640", on(func(i *Removed) bool { i.Mode = 0o1100640; return true })},
 		{"is not known", on(func(i *Removed) bool { i.Mode = 0o060600; return true })},
 		{"not absolute", on(func(i *Removed) bool { i.Path = "/var/../etc/passwd"; return true })},

@@ -660,7 +660,14 @@ type File struct {
 	Fanotify *Fanotify `cbor:"32,keyasint,omitempty"`
 	Thread   int32     `cbor:"33,keyasint,omitempty"` // pidfd and proc: the thread of Pid that it is about, where it is not the first
 
+	Reading *Reading `cbor:"34,keyasint,omitempty"` // directory: how far it has been read, where Pos may mean nothing in another
+
 	Key string `cbor:"40,keyasint,omitempty"` // external: by which it is given anew
+}
+
+// Reading is how far an open directory has been read.
+type Reading struct {
+	Rest []string `cbor:"1,keyasint"` // names still to come, in their order
 }
 
 // Gone is a task that is gone and of which descriptors are left.

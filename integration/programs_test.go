@@ -56,6 +56,10 @@ var programs = []program{
 		withArgs("/bin/tmpfs", "chown"), withTmpfs("/run"), withNewPrivileges(),
 		withCapabilities("CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"),
 	}},
+	{name: "cursors", options: []option{
+		withHostPrograms(), withTmpfs("/run"), withNewPrivileges(), withCapabilities("CAP_DAC_OVERRIDE"),
+		withArgs("/out/bin/cursors", "/dev/shm", "/run", "/out", "/var/tmp", "rm=/usr/include/linux"),
+	}},
 	{name: "datagrams", loopback: true, options: []option{withArgs("/bin/datagrams", "ping"), withNewPrivileges(), withCapabilities("CAP_NET_RAW"), withPing()}},
 	{name: "tun", options: []option{withArgs("/bin/tun"), withTun(), withNewPrivileges(), withCapabilities("CAP_NET_ADMIN")}},
 	{name: "mounts", connect: "mounts.connect", options: []option{withArgs("/bin/mounts"), withMounting()}},
@@ -94,6 +98,7 @@ var mapped = []program{
 	{name: "sysv", options: []option{withUserNamespace(), withArgs("/bin/sysv")}},
 	{name: "mqueues", options: []option{withUserNamespace(), withArgs("/bin/mqueues")}},
 	{name: "tmpfs", options: []option{withUserNamespace(), withArgs("/bin/tmpfs"), withTmpfs("/run")}},
+	{name: "cursors", options: []option{withUserNamespace(), withArgs("/bin/cursors", "/dev/shm", "/out"), withTmpfs("/run")}},
 	{name: "mounts", connect: "mounts.connect", options: []option{withUserNamespace(), withArgs("/bin/mounts"), withMounting()}},
 	{name: "vfork", options: []option{
 		withUserNamespace(), withArgs("/bin/vfork"), withCapabilities("CAP_SETUID", "CAP_SETGID"), withVaryingThreads(),

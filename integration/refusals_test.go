@@ -313,18 +313,6 @@ func TestMemoryWithinBundle(t *testing.T) {
 	c.progress(5)
 }
 
-// TestHalfReadDirectory refuses a position in a directory in memory that means
-// nothing in another one.
-func TestHalfReadDirectory(t *testing.T) {
-	c := newContainer(t, withReport("tmpfs"), withArgs("/bin/tmpfs", "half"), withTmpfs("/run")).run()
-	if !waitFor(func() bool { return c.rounds() > 0 }) {
-		t.Fatal("it does not begin")
-	}
-	c.ocickpt("checkpoint", "--image-path", c.newImage(), c.id).mustRefuse(t, "read half-way")
-	c.mustBe(specs.StateRunning)
-	c.progress(5)
-}
-
 // TestQueuesWithinBundle asks for POSIX message queues without BPF, and restores
 // them into bundles that do not let them be.
 func TestQueuesWithinBundle(t *testing.T) {

@@ -152,7 +152,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		Running: running,
 		Root:    c.root, Mounts: c.record.Mounts, Stdio: c.record.Stdio, Shared: n.shared, IDs: c.maps,
 		Init: &file.Process{Pid: c.initPid, Inner: 1}, Console: file.ConsoleRoot(c.record.Mounts), Named: n.named, Remade: n.remade, Places: c.places, NetNS: c.inodes["net"], External: c.external, Sockets: c.sockets,
-		Inner: n.innerPid, Promise: c.promiseFor(running),
+		Inner: n.innerPid, Promise: c.promiseFor(running), Position: c.promisePosition,
 	})
 	n.nested = namespace.NewSet(namespace.Env{
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.mounts,

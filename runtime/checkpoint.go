@@ -224,7 +224,7 @@ func (k *checkpoint) prepare(context.Context) error {
 	if err == nil {
 		c.refuseGuests, c.emptyNetwork = k.RefuseExec, k.EmptyNetwork
 		c.sockets = sock.Choices{Established: k.TCPEstablished, SkipInFlight: k.SkipInFlight, Outside: k.ExtUnixSK, Warn: c.warn}
-		c.promise = k.promiseOption
+		c.promise, c.promisePosition = k.promiseOption, k.promisePosition
 		err = c.leaveOut(k.External)
 	}
 	if err == nil {
@@ -261,6 +261,16 @@ func (k *checkpoint) prepare(context.Context) error {
 // promiseOption has the guardian give an option of a socket a value if we die.
 func (k *checkpoint) promiseOption(f *os.File, name, value int) (kept func() error, err error) {
 	undo, err := guardian.Option(f, name, value)
+	return k.promised(undo, err)
+}
+
+// promisePosition has it give an open file its position.
+func (k *checkpoint) promisePosition(f *os.File, offset int64) (kept func() error, err error) {
+	undo, err := guardian.Position(f, offset)
+	return k.promised(undo, err)
+}
+
+func (k *checkpoint) promised(undo guardian.Undo, err error) (kept func() error, _ error) {
 	if err != nil {
 		return nil, err
 	}

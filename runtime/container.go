@@ -53,6 +53,8 @@ type container struct {
 	sysctls      map[uint64]map[string]string // of network namespaces, by inode
 	// promise has the guardian undo what reading queues of sockets changes.
 	promise sock.Promise
+	// promisePosition has it undo what reading on in directories changes.
+	promisePosition func(f *os.File, offset int64) (kept func() error, err error)
 	// refuseGuests: processes brought in from outside are not to be kept.
 	refuseGuests bool
 	places       *file.Places  // where watched files were found

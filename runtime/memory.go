@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
@@ -157,6 +158,9 @@ func (c *container) openBelow(m *image.Mount, covered bool) (*os.File, error) {
 func (r *restore) makeTmpfs() error {
 	r.memory = tmpfs.NewMaker(r.head, r.maker, file.Refs(r.head), nil, func(root *image.Inode) bool { return !r.foreign(int(root.Mnt)) })
 	r.memories = append(r.memories, r.memory)
+	r.maker.Remade = func(dev uint64) bool {
+		return slices.ContainsFunc(r.memories, func(m *tmpfs.Maker) bool { return m.Remade(dev) })
+	}
 	roots := r.memory.Roots()
 	if len(roots) == 0 {
 		return nil

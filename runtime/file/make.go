@@ -38,6 +38,9 @@ type Maker struct {
 	IDs    task.IDMaps // of the container that is restored
 	// Validation is one of Validations.
 	Validation string
+	// Remade reports whether a device is a file system in memory that the restore
+	// has filled.
+	Remade func(dev uint64) bool
 	// Given are the files for what the image leaves out, by key (CheckGiven).
 	Given map[string]int
 
@@ -980,6 +983,9 @@ func (m *Maker) Seal() error {
 		return err
 	}
 	if err := m.settleConnections(); err != nil {
+		return err
+	}
+	if err := m.turnDirectories(); err != nil {
 		return err
 	}
 	return m.refillTerminals()

@@ -2,7 +2,6 @@ package file
 
 import (
 	"encoding/binary"
-	"math"
 	"slices"
 	"strings"
 
@@ -95,28 +94,6 @@ var regular = kind{
 		st := &d.seen.stat
 		d.Record.Kind = image.KindRegular
 		d.Record.Size, d.Record.Mtime, d.Record.Mode = st.Size, st.Mtim.Nano(), st.Mode
-		return s.name(d)
-	},
-	open:   openNamed,
-	finish: seek,
-}
-
-// directory is an open directory; its position is the file system's own
-// cookie, valid for as long as the directory is not rewritten.
-var directory = kind{
-	name: image.KindDirectory,
-	is:   func(_ *Set, one *seen) bool { return one.format() == unix.S_IFDIR },
-	read: func(s *Set, d *Description) error {
-		if s.external(d.seen) {
-			return fail.Refuse("", "the directory lies outside the container, or on a mount that it has unmounted", "close it before the checkpoint")
-		}
-		d.Record.Kind, d.Record.Mode = image.KindDirectory, d.seen.stat.Mode
-		if d.seen.pos > 1 && d.seen.pos < math.MaxInt32 && s.Remade != nil && s.Remade(d.seen.stat.Dev) {
-			// Cookies of a tmpfs number its entries as they were made; only its
-			// beginning and its end (DIR_OFFSET_EOD in fs/libfs.c) are the same in
-			// another one.
-			return fail.Refuse("", "it is a directory in memory that was read half-way; its position is not supported", "read it to its end, or rewind it, before the checkpoint")
-		}
 		return s.name(d)
 	},
 	open:   openNamed,

@@ -301,6 +301,9 @@ type Env struct {
 	Places *Places
 	// Promise is for reading queues, nil where the container runs.
 	Promise sock.Promise
+	// Position sees to it that a file gets a position again, even if this process
+	// dies, until kept is called.
+	Position func(f *os.File, offset int64) (kept func() error, err error)
 	// Inner is the pid in the container of a process of it, 0 for another one.
 	Inner func(host int32) int32
 	// Remade reports whether a device is one of these file systems, which restore

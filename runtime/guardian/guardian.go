@@ -305,7 +305,7 @@ func send(fd int, f frame) error {
 		return err
 	}
 	var rights []byte
-	if f.Undo != nil && f.Undo.Kind == kindOption {
+	if f.Undo != nil && f.Undo.holds() {
 		rights = unix.UnixRights(f.Undo.fd)
 	}
 	if len(data) > maxFrame {

@@ -30,6 +30,7 @@ const (
 	kindKill          kind = "kill"
 	kindUnmount       kind = "unmount"
 	kindOption        kind = "socket option"
+	kindPosition      kind = "seek"
 	kindPutBack       kind = "put back"
 	kindUnrepair      kind = "end the repair of sockets of"
 	kindLift          kind = "lift"
@@ -58,7 +59,9 @@ type Undo struct {
 	// Name and Number are an option of a socket and its value, see Option.
 	Name   int `json:",omitempty"`
 	Number int `json:",omitempty"`
-	fd     int // of that socket, which travels beside the entry
+	// Offset is a position in a file, see Position.
+	Offset int64 `json:",omitempty"`
+	fd     int   // of the socket or file, which travels beside the entry
 }
 
 // Repaired is a descriptor of a socket that may be in repair mode; negative, less
@@ -186,16 +189,31 @@ func PutBack(a *aside.Area) Undo {
 // Option undoes by giving an option of a socket, of level SOL_SOCKET, a value. The
 // guardian holds the socket until the entry is struck.
 func Option(f *os.File, name, value int) (Undo, error) {
+	fd, err := hold(f)
+	return Undo{Kind: kindOption, Name: name, Number: value, fd: fd}, err
+}
+
+// Position undoes by setting the position of an open file. The guardian holds the
+// file until the entry is struck.
+func Position(f *os.File, offset int64) (Undo, error) {
+	fd, err := hold(f)
+	return Undo{Kind: kindPosition, Offset: offset, fd: fd}, err
+}
+
+func hold(f *os.File) (int, error) {
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return Undo{}, fmt.Errorf("hold %s: %w", f.Name(), err)
+		return -1, fmt.Errorf("hold %s: %w", f.Name(), err)
 	}
-	return Undo{Kind: kindOption, Name: name, Number: value, fd: fd}, nil
+	return fd, nil
 }
+
+// holds reports whether an entry comes with a descriptor.
+func (u Undo) holds() bool { return u.Kind == kindOption || u.Kind == kindPosition }
 
 // forget lets go of what an entry holds.
 func (u Undo) forget() {
-	if u.Kind == kindOption {
+	if u.holds() {
 		_ = unix.Close(u.fd)
 	}
 }
@@ -209,6 +227,8 @@ func (u Undo) String() string {
 		return fmt.Sprintf("%s pid %d", u.Kind, u.PID)
 	case kindOption:
 		return fmt.Sprintf("set socket option %d to %d", u.Name, u.Number)
+	case kindPosition:
+		return fmt.Sprintf("seek to %d", u.Offset)
 	}
 	return fmt.Sprintf("%s %s", u.Kind, bytes.Join(u.Paths, []byte(", ")))
 }
@@ -218,7 +238,7 @@ func (u Undo) path() string { return string(u.Paths[0]) }
 
 // check refuses an undo that cannot be carried out, or must not be.
 func (u Undo) check() error {
-	if u.Kind == kindOption {
+	if u.holds() {
 		return nil
 	}
 	if u.Kind == kindKill {
@@ -281,6 +301,8 @@ func (u Undo) Do() error {
 		err = unmount(u.path(), u.MountID)
 	case kindOption:
 		err = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, u.Name, u.Number)
+	case kindPosition:
+		_, err = unix.Seek(u.fd, u.Offset, unix.SEEK_SET)
 	case kindPutBack:
 		err = aside.PutBack(u.path(), string(u.Value), string(u.Paths[1]))
 	default:

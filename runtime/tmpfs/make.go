@@ -480,6 +480,16 @@ func setTimes(b *tracee.Batch, dir int, e *entry, tolerate bool) {
 	b.Calls[i].Tolerate = tolerate
 }
 
+// Remade reports whether a device is one of the file systems in memory.
+func (m *Maker) Remade(dev uint64) bool {
+	for _, f := range m.roots {
+		if f.aside == nil && f.tree.Dev() == dev {
+			return true
+		}
+	}
+	return false
+}
+
 // Has reports whether ref is an inode of the room.
 func (m *Maker) Has(ref image.Ref) bool { return m.entries[ref] != nil }
 

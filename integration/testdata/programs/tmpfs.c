@@ -2,8 +2,7 @@
  * tmpfs - what the container keeps in its own file systems in memory: entries
  * of every type with owners, modes, times and attributes, open and mapped
  * files, POSIX shared memory and semaphores that another process uses too.
- * With "chown", some belong to other users; with "half", a directory is read
- * half-way.
+ * With "chown", some belong to other users.
  */
 #include "hold.h"
 
@@ -251,12 +250,6 @@ int main(int argc, char **argv)
 	make_entries(argc > 1 && !strcmp(argv[1], "chown"));
 	make_open();
 	make_peer();
-	if (argc > 1 && !strcmp(argv[1], "half")) {
-		char some[64];
-		int fd = open(DIR, O_RDONLY | O_DIRECTORY);
-
-		need(fd >= 0 && getdents64(fd, some, sizeof(some)) > 0);
-	}
 	remember();
 	for (;;) {
 		check_entries();
