@@ -127,7 +127,7 @@ func checkContainer(c *Container) error {
 		return fmt.Errorf("its names are longer than %d bytes", maxHostname)
 	}
 	_, err := c.OwnMounts()
-	return first(err, checkSubs(c.Subs))
+	return first(err, checkSubs(c.Subs), checkLimits(c.IPC))
 }
 
 // maxSubs bounds the cgroups below a container's own.

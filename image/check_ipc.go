@@ -3,6 +3,8 @@ package image
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -16,6 +18,13 @@ const (
 	ipcShm, ipcSem, ipcMsg = "segment", "semaphore set", "message queue"
 )
 
+// ipcName is an id or a key of a kind of System V objects in an ipc namespace.
+type ipcName struct {
+	ns    Ref
+	what  string
+	value int32
+}
+
 // checkPerm checks what all System V objects have, and that no two of a kind
 // have one id or key.
 func (b *builder) checkPerm(kind string, p *IPCPerm) error {
@@ -24,9 +33,11 @@ func (b *builder) checkPerm(kind string, p *IPCPerm) error {
 		return fmt.Errorf("a %s with id %d", kind, p.ID)
 	case p.Mode > 0o777:
 		return fmt.Errorf("a %s of mode %#o", kind, p.Mode)
-	case b.ipc[kind+" id"][p.ID]:
+	case p.NS != 0 && !b.isIPC(p.NS):
+		return fmt.Errorf("reference %d names no ipc namespace that a task has made", p.NS)
+	case b.ipc[ipcName{p.NS, kind + " id", p.ID}]:
 		return fmt.Errorf("two %ss with id %d", kind, p.ID)
-	case p.Key != 0 && b.ipc[kind+" key"][p.Key]:
+	case p.Key != 0 && b.ipc[ipcName{p.NS, kind + " key", p.Key}]:
 		return fmt.Errorf("two %ss with key %#x", kind, p.Key)
 	}
 	return nil
@@ -46,12 +57,35 @@ func (b *builder) keepIPC(v any) {
 	case *Messages:
 		kind, p = ipcMsg, &v.Perm
 	}
-	for what, id := range map[string]int32{kind + " id": p.ID, kind + " key": p.Key} {
-		if b.ipc[what] == nil {
-			b.ipc[what] = map[int32]bool{}
+	b.ipc[ipcName{p.NS, kind + " id", p.ID}], b.ipc[ipcName{p.NS, kind + " key", p.Key}] = true, true
+}
+
+// isIPC reports a reference of an ipc namespace that a task has made.
+func (b *builder) isIPC(ref Ref) bool {
+	ns := b.Nested(ref)
+	return ns != nil && ns.Type == "ipc"
+}
+
+// IPCSysctls are the limits of an ipc namespace (proc_sys_kernel(5),
+// mq_overview(7)), as Sysctl names them.
+var IPCSysctls = []string{
+	"kernel/shmmax", "kernel/shmall", "kernel/shmmni", "kernel/shm_rmid_forced", "kernel/msgmax", "kernel/msgmnb", "kernel/msgmni", "kernel/sem",
+	"fs/mqueue/queues_max", "fs/mqueue/msg_max", "fs/mqueue/msgsize_max", "fs/mqueue/msg_default", "fs/mqueue/msgsize_default",
+}
+
+// checkLimits checks the limits of an ipc namespace: numbers, kernel.sem having
+// four of them.
+func checkLimits(all []Sysctl) error {
+	seen := map[string]bool{}
+	for _, s := range all {
+		fields := strings.Fields(s.Value)
+		digits := !slices.ContainsFunc(fields, func(f string) bool { _, err := strconv.ParseUint(f, 10, 64); return err != nil })
+		if !slices.Contains(IPCSysctls, s.Name) || seen[s.Name] || !digits || len(fields) == 0 || len(fields) > 4 {
+			return fmt.Errorf("%s is no limit of an ipc namespace, or set twice, or to %s", quote(s.Name), quote(s.Value))
 		}
-		b.ipc[what][id] = true
+		seen[s.Name] = true
 	}
+	return nil
 }
 
 func (b *builder) checkSemaphores(s *SemSet) error {
@@ -121,7 +155,7 @@ func (b *builder) checkMqueue(q *Mqueue) error {
 	case len(q.Messages) > int(q.MaxCount):
 		return fmt.Errorf("a queue for %d messages holds %d", q.MaxCount, len(q.Messages))
 	}
-	if ns := b.Nested(q.NS); q.NS != 0 && (ns == nil || ns.Type != "ipc") {
+	if q.NS != 0 && !b.isIPC(q.NS) {
 		return fmt.Errorf("reference %d names no ipc namespace that a task has made", q.NS)
 	}
 	highest := uint32(maxPriority)

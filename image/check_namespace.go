@@ -77,7 +77,7 @@ func (n *nesting) add(ns *NestedNamespace) error {
 		return errors.New("only a pid namespace has a parent and dies with its init")
 	case (ns.User != nil) != (ns.Type == "user"), (ns.UTS != nil) != (ns.Type == "uts"), (ns.Time != nil) != (ns.Type == "time"):
 		return errors.New("what is in it is not what its type has")
-	case (ns.Mounts != nil) != (ns.Type == "mnt"):
+	case (ns.Mounts != nil) != (ns.Type == "mnt"), ns.IPC != nil && ns.Type != "ipc":
 		return errors.New("what is in it is not what its type has")
 	case ns.UTS != nil && (len(ns.UTS.Hostname) > maxHostname || len(ns.UTS.Domainname) > maxHostname):
 		return fmt.Errorf("a name in it is longer than %d bytes", maxHostname)
@@ -94,7 +94,7 @@ func (n *nesting) add(ns *NestedNamespace) error {
 	if err := n.mounts(ns); err != nil {
 		return err
 	}
-	return checkUserNamespace(ns.User)
+	return first(checkLimits(ns.IPC), checkUserNamespace(ns.User))
 }
 
 // mounts checks those of a mount namespace: whose file systems they show, and

@@ -140,18 +140,18 @@ func (h *Head) NamespaceOf(f *File) Ref {
 type builder struct {
 	Head
 	section  section
-	last     Ref                       // highest reference defined so far
-	metadata uint64                    // payload bytes of sections 1 to 5
-	spaceOf  map[Ref]Ref               // the address space of those who have these signal actions
-	progress map[Ref]uint64            // where the next TypeBytes of an object may begin, or pages of one with a donor
-	places   map[Ref]place             // of inodes
-	names    map[Name]bool             // taken, or gone
-	points   map[fileSystem]bool       // that are taken
-	lent     map[Ref]bool              // address spaces of which others have borrowed
-	ipc      map[string]map[int32]bool // ids and keys that are taken, by kind
-	mqueues  map[queueName]bool        // that are taken
-	keys     map[string]bool           // of open files that are left out
-	subs     map[[2]string]bool        // cgroups that tasks have made, by hierarchy and path
+	last     Ref                 // highest reference defined so far
+	metadata uint64              // payload bytes of sections 1 to 5
+	spaceOf  map[Ref]Ref         // the address space of those who have these signal actions
+	progress map[Ref]uint64      // where the next TypeBytes of an object may begin, or pages of one with a donor
+	places   map[Ref]place       // of inodes
+	names    map[Name]bool       // taken, or gone
+	points   map[fileSystem]bool // that are taken
+	lent     map[Ref]bool        // address spaces of which others have borrowed
+	ipc      map[ipcName]bool    // ids and keys that are taken
+	mqueues  map[queueName]bool  // that are taken
+	keys     map[string]bool     // of open files that are left out
+	subs     map[[2]string]bool  // cgroups that tasks have made, by hierarchy and path
 	sockets  socketsSeen
 }
 
@@ -164,7 +164,7 @@ func newBuilder() *builder {
 		names:    map[Name]bool{},
 		points:   map[fileSystem]bool{},
 		lent:     map[Ref]bool{},
-		ipc:      map[string]map[int32]bool{},
+		ipc:      map[ipcName]bool{},
 		mqueues:  map[queueName]bool{},
 		keys:     map[string]bool{},
 		subs:     map[[2]string]bool{},

@@ -654,7 +654,7 @@ func TestBadTree(t *testing.T) {
 
 // TestSameIPC gives two objects of a kind one id, or one key.
 func TestSameIPC(t *testing.T) {
-	for want, second := range map[string]IPCPerm{"two message queues with id 4": {ID: 4}, "two message queues with key 0x9": {ID: 5, Key: 9}} {
+	for want, second := range map[string]IPCPerm{"two message queues with id 4": {ID: 4}, "two message queues with key 0x9": {ID: 5, Key: 9}, "reference 1 names no ipc namespace": {ID: 6, NS: 1}} {
 		f := newForge()
 		f.head(t, 4)
 		f.any(t, TypeSemSet, 3, SemSet{Perm: IPCPerm{ID: 4, Key: 9}, Values: []uint16{0}})
@@ -736,6 +736,8 @@ func TestBadBeginning(t *testing.T) {
 		`file "a/b" of cgroup "init.scope"`:  func(c *Container) { c.Subs[0].Files[0].Name = "a/b" },
 		"has no valid mode":                  func(c *Container) { c.Subs[0].Mode = 0o40755 },
 		"names are longer than 64 bytes":     func(c *Container) { c.UTS = &UTSNamespace{Hostname: strings.Repeat("x", 65)} },
+		`"kernel/core_pattern" is no limit`:  func(c *Container) { c.IPC = []Sysctl{{"kernel/core_pattern", "1"}} },
+		`or set twice, or to "|evil"`:        func(c *Container) { c.IPC = []Sysctl{{"kernel/shmmax", "|evil"}} },
 		"10001 cgroups":                      func(c *Container) { c.Subs = make([]SubCgroup, 10001) },
 		"has a NUL":                          func(c *Container) { c.Cgroups = map[string]string{"": "\x00"} },
 	} {

@@ -130,6 +130,7 @@ type Container struct {
 	Warnings    []string          `cbor:"20,keyasint,omitempty"` // what was left out by choice
 	Annotations map[string]string `cbor:"21,keyasint,omitempty"`
 
+	IPC       []Sysctl      `cbor:"46,keyasint,omitempty"` // limits of its ipc namespace that it has set itself
 	UTS       *UTSNamespace `cbor:"41,keyasint,omitempty"` // names that the container has given itself
 	Subs      []SubCgroup   `cbor:"40,keyasint,omitempty"` // cgroups that tasks have made, parents first
 	Hold      string        `cbor:"22,keyasint,omitempty"` // table of nftables that holds the connections' packets off
@@ -219,6 +220,7 @@ type NestedNamespace struct {
 	UTS    *UTSNamespace  `cbor:"7,keyasint,omitempty"`
 	Time   *TimeNamespace `cbor:"8,keyasint,omitempty"`
 	Mounts []Mount        `cbor:"12,keyasint,omitempty"` // of a mount namespace
+	IPC    []Sysctl       `cbor:"14,keyasint,omitempty"` // of an ipc namespace: limits that are not those of a new one
 	Dead   bool           `cbor:"11,keyasint,omitempty"` // a pid namespace whose init has ended: for children that can be no more
 }
 
@@ -311,9 +313,9 @@ type Netfilter struct {
 	Message []byte `cbor:"2,keyasint"`
 }
 
-// Sysctl is a value below /proc/sys/net.
+// Sysctl is a value below /proc/sys/net, or, of an ipc namespace, below /proc/sys.
 type Sysctl struct {
-	Name  string `cbor:"1,keyasint"` // "ipv4/conf/all/forwarding"
+	Name  string `cbor:"1,keyasint"` // "ipv4/conf/all/forwarding", "kernel/shmmax"
 	Value string `cbor:"2,keyasint"`
 }
 
@@ -1084,6 +1086,7 @@ type IPCPerm struct {
 	CUID uint32 `cbor:"5,keyasint,omitempty"` // creator
 	CGID uint32 `cbor:"6,keyasint,omitempty"`
 	Mode uint32 `cbor:"7,keyasint,omitempty"` // nine permission bits
+	NS   Ref    `cbor:"8,keyasint,omitempty"` // the ipc namespace, where that is not the container's own
 }
 
 // SysVSegment is what a System V segment has besides its memory (shmget(2)).

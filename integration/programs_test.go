@@ -67,6 +67,8 @@ var programs = []program{
 	{name: "sandboxed", options: []option{withArgs("/bin/sandboxed")}},
 	{name: "sysv", neverPaused: true, options: []option{withArgs("/bin/sysv")}},
 	{name: "mqueues", neverPaused: true, options: []option{withArgs("/bin/mqueues")}},
+	{name: "sysv", neverPaused: true, options: append([]option{withArgs("/bin/sysv", "apart", "user"), unmasked}, nobody...)},
+	{name: "mqueues", neverPaused: true, options: append([]option{withArgs("/bin/mqueues", "apart", "user"), unmasked}, nobody...)},
 	{name: "undisturbed", options: []option{withArgs("/bin/undisturbed", "moved")}, neverPaused: true},
 	{name: "gopause", options: []option{withArgs("/bin/gopause"), withVaryingThreads()}, connect: "gopause.connect"},
 	{name: "leaders", connect: "leaders.connect", options: []option{withArgs("/bin/leaders"), withCapabilities("CAP_SETUID")}},

@@ -19,7 +19,6 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/network"
 	"github.com/ocickpt/ocickpt/runtime/object"
-	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tmpfs"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -38,7 +37,7 @@ type census struct {
 	found   found
 	memory  []*tmpfs.Tree
 	root    *tmpfs.Tree // among them: what has changed in the root file system, or nil
-	ipc     *sysv.Set
+	ipc     []*ipcSpace
 	cgroups []image.SubCgroup // that the container has made
 	// networks are the network namespaces whose contents are saved.
 	networks []*network.Space
@@ -142,9 +141,6 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if n.root != nil {
 		n.memory = append(n.memory, n.root)
 	}
-	if err := n.scanIPC(c); err != nil {
-		return err
-	}
 	if err := n.scanCgroups(c); err != nil {
 		return err
 	}
@@ -158,9 +154,6 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 		Own: c.inodes, Host: c.host, Init: c.initPid, Depth: c.pidDepth, Maps: c.maps, Mounts: c.mounts,
 	})
 	n.files.Views, n.files.Place, n.files.Apart = n.nested.Views, n.viewOf, n.nested.Apart
-	if err := n.scanQueues(c); err != nil {
-		return err
-	}
 	n.files.Task = func(host int) (int32, int32, error) { return n.inner(c, host) }
 	if c.mounts.Own() {
 		n.files.Covered = c.mounts.Covered
@@ -193,6 +186,9 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.scanNestedTmpfs(c); err != nil {
 		return goneIs(c.initPid, err)
 	}
+	if err := n.scanIPC(c); err != nil {
+		return err
+	}
 	if err := n.findSharing(running); err != nil {
 		return err
 	}
@@ -208,7 +204,7 @@ func (c *container) count(n *census, pids []int, running bool) (err error) {
 	if err := n.findTerminals(); err != nil || running {
 		return err
 	}
-	return n.openUnattached(c)
+	return n.openUnattached()
 }
 
 // inner is what the container calls a task of the host and its process, 0 for one

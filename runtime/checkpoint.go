@@ -348,7 +348,7 @@ func (k *checkpoint) look() error {
 		return err
 	}
 	defer n.Close()
-	if len(n.ipc.Sets) > 0 {
+	if n.hasSemaphores() {
 		k.learned.undos.expect()
 	}
 	if n.files.HasTerminals() {
@@ -533,7 +533,9 @@ func (k *checkpoint) writeObjects() error {
 	for _, s := range n.networks {
 		objects = append(objects, &s.Object)
 	}
-	objects = append(objects, n.ipc.Objects()...)
+	for _, space := range n.ipc {
+		objects = append(objects, space.Objects()...)
+	}
 	objects = append(objects, n.files.Objects()...)
 	for _, p := range n.procs {
 		objects = append(append(objects, p.places...), p.hand, &p.space.Object)
@@ -576,8 +578,10 @@ func (k *checkpoint) writeContents(ctx context.Context) error {
 			err = t.Save(k.w, func() error { return save.Progress(0) })
 		}
 	}
-	if err == nil {
-		err = k.census.ipc.Contents(k.w)
+	for _, space := range k.census.ipc {
+		if err == nil {
+			err = space.Contents(k.w)
+		}
 	}
 	if err == nil {
 		err = k.census.files.Contents(k.w, save.Progress)
@@ -615,10 +619,8 @@ func (k *checkpoint) lateSignals() error {
 }
 
 func (k *checkpoint) savePages(save *mm.Saver) error {
-	for _, s := range k.census.shared.Segments() {
-		if err := s.Save(save.For(s.Ref)); err != nil {
-			return fail.On("shared memory "+s.Record.Name, err)
-		}
+	if err := k.saveSegments(save, false); err != nil {
+		return err
 	}
 	for _, p := range k.census.procs {
 		if p.space.Pid != p.pid {
@@ -626,6 +628,21 @@ func (k *checkpoint) savePages(save *mm.Saver) error {
 		}
 		if err := p.space.Save(save.For(p.space.Ref)); err != nil {
 			return fail.In(p.name(), err)
+		}
+	}
+	return k.saveSegments(save, true)
+}
+
+// saveSegments writes shared memory. System V segments of ipc namespaces that tasks
+// have made come behind all address spaces: at restore such a namespace exists when
+// all processes do, of which some are forked when others' memory is in.
+func (k *checkpoint) saveSegments(save *mm.Saver, late bool) error {
+	for _, s := range k.census.shared.Segments() {
+		if nested := s.NS != 0 && s.NS != k.c.inodes["ipc"]; nested != late {
+			continue
+		}
+		if err := s.Save(save.For(s.Ref)); err != nil {
+			return fail.On("shared memory "+s.Record.Name, err)
 		}
 	}
 	return nil

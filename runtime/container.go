@@ -47,7 +47,9 @@ type container struct {
 	maps        task.IDMaps
 	now         int64 // CLOCK_MONOTONIC outside, of the moment of record.Monotonic
 	usual       task.Usual
-	bounding    []string // capabilities that its bundle gives
+	given       map[string]string // sysctls, by path, that it was started with
+	ipcLimits   map[string]string // of a new ipc namespace, once they are known
+	bounding    []string          // capabilities that its bundle gives
 	// emptyNetwork: what is in its network namespace is left to its engine.
 	emptyNetwork bool
 	sysctls      map[uint64]map[string]string // of network namespaces, by inode
@@ -146,12 +148,13 @@ func (c *container) describe(root string) error {
 	}
 	c.initPid = state.InitProcessPid
 	config := c.lib.Config()
+	c.given = sysctlsOf(config.Sysctl)
 	c.record = image.Container{
 		ID: c.lib.ID(), Runtime: root, Bundle: label(&config, "bundle"), Stdio: state.ExternalDescriptors,
 		Hostname: config.Hostname, Domainname: config.Domainname,
 	}
 	for _, step := range []func(*libcontainer.State, *configs.Config) error{
-		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames, c.readIPCLimits,
+		c.openRoot, c.readSpec, c.readCgroups, c.readNamespaces, c.readMounts, c.readNames,
 	} {
 		if err := step(state, &config); err != nil {
 			return err

@@ -13,6 +13,7 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/fail"
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/mm"
+	"github.com/ocickpt/ocickpt/runtime/sysv"
 	"github.com/ocickpt/ocickpt/runtime/task"
 )
 
@@ -26,9 +27,11 @@ type grants struct {
 	groups       []uint32
 	anyID        bool // set-uid programs could have given others
 	noNewPrivs   bool
-	cgroups      bool           // tasks may make cgroups
-	filtered     bool           // has seccomp filters
-	rlimits      map[int]uint64 // hard limits that the bundle sets
+	cgroups      bool              // tasks may make cgroups
+	filtered     bool              // has seccomp filters
+	sysctls      bool              // /proc/sys can be written to
+	given        map[string]string // sysctls that the bundle sets, by path
+	rlimits      map[int]uint64    // hard limits that the bundle sets
 	oomScoreAdj  int32
 	nice         int32 // of this process, which a container inherits
 }
@@ -42,6 +45,9 @@ func (g *grants) checkImage(head *image.Head) error {
 		return err
 	}
 	if err := g.checkMounts(head); err != nil {
+		return err
+	}
+	if err := g.checkLimits(head.Container.IPC); err != nil {
 		return err
 	}
 	for _, o := range head.Objects {
@@ -76,21 +82,6 @@ func (g *grants) checkProcess(t *image.Task, user *image.NestedNamespace) error 
 	return nil
 }
 
-// ipcPerm is who a System V object belongs to, nil for another object.
-func ipcPerm(o any) *image.IPCPerm {
-	switch o := o.(type) {
-	case *image.Shmem:
-		if o.SysV != nil {
-			return &o.SysV.Perm
-		}
-	case *image.SemSet:
-		return &o.Perm
-	case *image.Messages:
-		return &o.Perm
-	}
-	return nil
-}
-
 // checkIPC refuses System V objects that no task of the container can have
 // created (to whom it gives one is the creator's business), and segments that
 // none can have locked.
@@ -98,7 +89,7 @@ func (g *grants) checkIPC(o any) error {
 	if q, ok := o.(*image.Mqueue); ok {
 		return fail.On("message queue /"+q.Name, g.checkQueue(q))
 	}
-	p := ipcPerm(o)
+	p := sysv.Perm(o)
 	if p == nil {
 		return nil
 	}
@@ -246,6 +237,12 @@ func grantsOf(spec *specs.Spec) (*grants, error) {
 	g := &grants{uid: p.User.UID, gid: p.User.GID, groups: append([]uint32{p.User.GID}, p.User.AdditionalGids...), anyID: !p.NoNewPrivileges, noNewPrivs: p.NoNewPrivileges}
 	g.cgroups = mayMakeCgroups(spec)
 	g.filtered = spec.Linux != nil && spec.Linux.Seccomp != nil
+	if spec.Linux != nil {
+		g.given = sysctlsOf(spec.Linux.Sysctl)
+		hidden := func(path string) bool { return path == "/proc/sys" || path == "/proc" }
+		g.sysctls = !slices.ContainsFunc(slices.Concat(spec.Linux.ReadonlyPaths, spec.Linux.MaskedPaths), hidden) &&
+			!slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return hidden(m.Destination) && slices.Contains(m.Options, "ro") })
+	}
 	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
 		return nil, fail.Refuse("bundle", "AppArmor profiles and SELinux labels are not supported yet", "")
 	}

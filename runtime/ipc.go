@@ -2,13 +2,12 @@ package runtime
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"os"
 	"slices"
-	"strings"
 
-	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
@@ -19,53 +18,84 @@ import (
 	"github.com/ocickpt/ocickpt/runtime/file"
 	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/sysv"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// scanQueues reads the POSIX message queues of the container.
-func (n *census) scanQueues(c *container) error {
-	if !c.owns("ipc") {
-		return nil
+// ipcSpace is an ipc namespace that is saved: the container's own, or one that a
+// task has made.
+type ipcSpace struct {
+	path  string
+	inode uint64
+	task  string                 // in one that a task has made, for messages
+	made  *image.NestedNamespace // nil for the container's own
+	*sysv.Set
+}
+
+// ref is the reference by which objects name it, known once the tree is written.
+func (s *ipcSpace) ref() image.Ref {
+	if s.made == nil {
+		return 0
 	}
+	return s.made.Ref
+}
+
+// scanIPC reads the System V objects and POSIX message queues of the container
+// and of those ipc namespaces that tasks have made.
+func (n *census) scanIPC(c *container) error {
+	if c.owns("ipc") {
+		n.ipc = append(n.ipc, &ipcSpace{path: nsutil.Path(c.initPid, "ipc"), inode: c.inodes["ipc"]})
+	}
+	for _, made := range n.nested.IPCs() {
+		n.ipc = append(n.ipc, &ipcSpace{path: made.Path, inode: made.Inode, task: made.Task, made: made.Record})
+	}
+	for _, space := range n.ipc {
+		if err := n.scanIPCSpace(c, space); err != nil {
+			err = goneIs(c.initPid, err)
+			if space.made != nil {
+				err = fail.In(space.task, fail.On("ipc namespace", err))
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *census) scanIPCSpace(c *container, space *ipcSpace) error {
 	var dir *os.File
-	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
-		dir, err = namespace.OpenQueues()
+	err := nsutil.Inside(space.path, func() (err error) {
+		if err = c.readIPCLimits(space.made); err != nil {
+			return err
+		}
+		if space.Set, err = sysv.Scan(c.maps, space.ref); err == nil {
+			dir, err = namespace.OpenQueues()
+		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	return n.files.AddQueues(dir, func() image.Ref { return 0 })
-}
-
-// scanIPC reads the System V objects of the container.
-func (n *census) scanIPC(c *container) error {
-	if !c.owns("ipc") {
-		n.ipc = &sysv.Set{}
-		return nil
+	for i, rec := range space.Segments {
+		n.shared.SysV(space.inode, rec, space.Attached[i], space.ref)
 	}
-	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
-		n.ipc, err = sysv.Scan(c.maps)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	for _, rec := range n.ipc.Segments {
-		n.shared.SysV(rec)
-	}
-	return nil
+	return n.files.AddQueues(dir, space.ref)
 }
 
 // openUnattached opens the segments that no task has attached, of which the
 // memory cannot be had through one.
-func (n *census) openUnattached(c *container) error {
+func (n *census) openUnattached() error {
+	if len(n.ipc) > 1 {
+		if err := n.shared.CheckAttached(); err != nil {
+			return err
+		}
+	}
 	for _, seg := range n.shared.Segments() {
 		if !seg.Unattached() {
 			continue
 		}
 		id := seg.Record.SysV.Perm.ID
-		err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() error {
+		space := n.ipc[slices.IndexFunc(n.ipc, func(s *ipcSpace) bool { return s.inode == seg.NS })]
+		err := nsutil.Inside(space.path, func() error {
 			f, huge, err := sysv.OpenUnattached(id)
 			if err == nil {
 				seg.Record.HugePage = huge
@@ -81,17 +111,33 @@ func (n *census) openUnattached(c *container) error {
 	return nil
 }
 
+// semaphores are the sets of semaphores of an ipc namespace.
+func (n *census) semaphores(inode uint64) []*image.SemSet {
+	for _, space := range n.ipc {
+		if space.inode == inode {
+			return space.Sets
+		}
+	}
+	return nil
+}
+
+// hasSemaphores reports whether there are any.
+func (n *census) hasSemaphores() bool {
+	return slices.ContainsFunc(n.ipc, func(s *ipcSpace) bool { return len(s.Sets) > 0 })
+}
+
 // noteUndo completes the records of semaphores with what tasks have to take back.
 func (n *census) noteUndo(l *learned) error {
-	if len(n.ipc.Sets) == 0 {
+	if !n.hasSemaphores() {
 		return nil
 	}
 	var adjustments map[int]map[int32]map[int]int16
 	asked, seen := false, map[uint32]bool{}
 	for _, p := range n.procs {
 		for _, tid := range p.tids {
+			sets := n.semaphores(p.place.Of(tid).IPC()) // who leaves a namespace leaves its undo list
 			list := n.undoList(p, tid)
-			if list == 0 || seen[list] {
+			if list == 0 || seen[list] || len(sets) == 0 {
 				continue
 			}
 			seen[list] = true
@@ -101,7 +147,7 @@ func (n *census) noteUndo(l *learned) error {
 			if adjustments == nil {
 				return fail.In(p.name(), fail.Refuse("System V sem", "what it has to take back (SEM_UNDO) only BPF can tell, which cannot be used here", "give ocickpt CAP_BPF and CAP_PERFMON, or remove the semaphores (ipcrm)"))
 			}
-			for _, set := range n.ipc.Sets {
+			for _, set := range sets {
 				if err := noteAdjustments(set, list, adjustments[tid][set.Perm.ID]); err != nil {
 					return fail.In(p.name(), err)
 				}
@@ -126,31 +172,128 @@ func noteAdjustments(set *image.SemSet, list uint32, all map[int]int16) error {
 	return nil
 }
 
-// makeIPC makes the System V objects of the image, in a namespace that must be
-// the new container's own.
+// makeIPC makes the System V objects of the container's own ipc namespace, which
+// must be the new container's alone.
 func (r *restore) makeIPC() error {
-	r.ipc = sysv.NewMaker(r.head, r.maker, file.Refs(r.head))
-	if !r.ipc.Needed() {
+	refs := file.Refs(r.head)
+	r.ipc = map[image.Ref]*sysv.Maker{0: sysv.NewMaker(r.head, 0, refs)}
+	for i := range r.head.Tree.Namespaces {
+		if n := &r.head.Tree.Namespaces[i]; n.Type == "ipc" {
+			r.ipc[n.Ref] = sysv.NewMaker(r.head, n.Ref, refs)
+		}
+	}
+	limits := r.head.Container.IPC
+	if !r.ipc[0].Needed() && len(limits) == 0 {
 		return nil
 	}
 	if !r.made.owns(configs.NEWIPC) {
 		return fail.Refuse("System V ipc", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
 	}
 	ns := nsutil.Path(r.made.stub.Pid, "ipc")
-	err := nsutil.Inside(ns, func() (err error) {
-		r.ipc.MaxBytes, err = sysv.LongestQueue()
+	if err := r.raiseIPCLimits(ns, nil, limits); err != nil {
+		return err
+	}
+	return r.makeObjects(r.ipc[0], ns, r.maker)
+}
+
+// makeObjects makes the System V objects of the ipc namespace at path by a stub.
+func (r *restore) makeObjects(m *sysv.Maker, path string, stub sysv.Stub) error {
+	err := nsutil.Inside(path, func() (err error) {
+		m.MaxBytes, err = sysv.LongestQueue()
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	if r.made.grants.capabilities&(1<<unix.CAP_SYS_RESOURCE) != 0 {
-		r.ipc.MaxBytes = math.MaxUint64
+	if r.made.grants.has(unix.CAP_SYS_RESOURCE) {
+		m.MaxBytes = math.MaxUint64
 	}
-	r.ipc.Choose = func(kind string, id int32) error {
-		return nsutil.Inside(ns, func() error { return sysv.ChooseHere(kind, id) })
+	m.Choose = func(kind string, id int32) error {
+		return nsutil.Inside(path, func() error { return sysv.ChooseHere(kind, id) })
 	}
-	return r.ipc.Make()
+	m.Stub = stub
+	return m.Make()
+}
+
+// visitor is the init stub on visits to an ipc namespace that a task has made.
+type visitor struct {
+	*file.Maker
+	visit *namespace.Visit
+}
+
+// AsItself runs calls there with all rights of a stub.
+func (v visitor) AsItself(fill func(b *tracee.Batch)) (*tracee.Batch, error) {
+	return v.Maker.AsItself(func(b *tracee.Batch) { v.visit.Calls(b, func() { fill(b) }) })
+}
+
+// makeNestedIPC makes what is in the ipc namespaces that tasks have made, when
+// these exist. The init stub does it, for which ids are what the image calls them,
+// and which is there until all contents are in.
+func (r *restore) makeNestedIPC() error {
+	for i := range r.head.Tree.Namespaces {
+		n := &r.head.Tree.Namespaces[i]
+		if n.Type != "ipc" || !r.ipc[n.Ref].Needed() && !r.maker.HasQueues(n.Ref) && len(n.IPC) == 0 {
+			continue
+		}
+		if err := r.fillIPC(n); err != nil {
+			return fail.On(fmt.Sprintf("ipc namespace #%d", n.Ref), err)
+		}
+	}
+	return nil
+}
+
+func (r *restore) fillIPC(n *image.NestedNamespace) error {
+	there, err := r.openNested(n)
+	if err != nil {
+		return err
+	}
+	r.spaces[n.Ref] = there // for its limits at the end
+	path := fmt.Sprintf("/proc/self/fd/%d", there.Fd())
+	if err := r.raiseIPCLimits(path, n, n.IPC); err != nil {
+		return err
+	}
+	visit := &namespace.Visit{}
+	if visit.There, err = r.maker.Keep(r.made.stub, there); err != nil {
+		return err
+	}
+	back, err := os.Open(nsutil.Path(r.made.stub.Pid, "ipc"))
+	if err != nil {
+		return err
+	}
+	defer back.Close()
+	if visit.Back, err = r.maker.Keep(r.made.stub, back); err != nil {
+		return err
+	}
+	if err := r.makeObjects(r.ipc[n.Ref], path, visitor{r.maker, visit}); err != nil {
+		return err
+	}
+	if err := r.fillSegments(n.Ref); err != nil {
+		return err
+	}
+	return r.maker.MakeQueues(n.Ref, visit)
+}
+
+// openNested opens a namespace that a task has made, by who has made it again.
+func (r *restore) openNested(n *image.NestedNamespace) (*os.File, error) {
+	pid := r.hostPid(int32(r.nested.Keeper(n.Ref)))
+	if pid == 0 {
+		return nil, errors.New("nobody is in it")
+	}
+	return os.Open(nsutil.Path(pid, n.Type))
+}
+
+// finishIPC puts messages into the queues, and then gives segments and limits what
+// only they can have who hold everything.
+func (r *restore) finishIPC() error {
+	for _, ref := range slices.Sorted(keys(r.ipc)) {
+		if err := r.ipc[ref].Send(); err != nil {
+			return err
+		}
+		if err := r.ipc[ref].Finish(); err != nil {
+			return err
+		}
+	}
+	return r.settleIPCLimits()
 }
 
 // allowQueues lets the stub make as large POSIX message queues as a task of the
@@ -159,7 +302,7 @@ func (r *restore) allowQueues() error {
 	if !slices.ContainsFunc(file.Refs(r.head), func(ref image.Ref) bool { return r.head.Mqueue(ref) != nil }) {
 		return nil
 	}
-	if !r.made.owns(configs.NEWIPC) {
+	if r.maker.HasQueues(0) && !r.made.owns(configs.NEWIPC) {
 		return fail.Refuse("POSIX message queues", "the bundle gives the container no ipc namespace of its own", "restore with the bundle of the checkpoint")
 	}
 	hard, err := r.made.grants.hardLimit(unix.RLIMIT_MSGQUEUE)
@@ -175,61 +318,4 @@ func (r *restore) allowQueues() error {
 // owns reports a namespace that is the new container's alone.
 func (m *made) owns(kind configs.NamespaceType) bool {
 	return m.config.Namespaces.Contains(kind) && m.config.Namespaces.PathOf(kind) == ""
-}
-
-// ipcSysctls are the limits of an ipc namespace (proc_sys_kernel(5), mq_overview(7)).
-var ipcSysctls = []string{
-	"kernel.shmmax", "kernel.shmall", "kernel.shmmni", "kernel.shm_rmid_forced", "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem",
-	"fs.mqueue.queues_max", "fs.mqueue.msg_max", "fs.mqueue.msgsize_max", "fs.mqueue.msg_default", "fs.mqueue.msgsize_default",
-}
-
-// readIPCLimits warns of limits of the container's ipc namespace that are not those
-// it was started with: they are the bundle's to set.
-func (c *container) readIPCLimits(_ *libcontainer.State, config *configs.Config) error {
-	if !c.owns("ipc") || !c.maySetSysctls() {
-		return nil
-	}
-	var live, given map[string]string
-	err := nsutil.Inside(nsutil.Path(c.initPid, "ipc"), func() (err error) {
-		live, err = readSysctls(ipcSysctls)
-		return err
-	})
-	if err == nil { // what a new one has
-		err = nsutil.Inside("", func() error {
-			err := unix.Unshare(unix.CLONE_NEWIPC)
-			if err == nil {
-				given, err = readSysctls(ipcSysctls)
-			}
-			return err
-		})
-	}
-	if err != nil {
-		return goneIs(c.initPid, err)
-	}
-	for _, name := range ipcSysctls {
-		want := given[name]
-		if set, ok := config.Sysctl[name]; ok {
-			want = strings.Join(strings.Fields(set), " ")
-		}
-		if live[name] != want {
-			c.warn("the container has set %s to %s; a restored one has %s, as the bundle says: set it there (linux.sysctl)", name, live[name], want)
-		}
-	}
-	return nil
-}
-
-// readSysctls reads sysctls as the calling thread sees them; blanks are single. One
-// that the kernel does not have is left out.
-func readSysctls(names []string) (map[string]string, error) {
-	out := map[string]string{}
-	for _, name := range names {
-		b, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(name, ".", "/"))
-		if err != nil && !os.IsNotExist(err) {
-			return nil, err
-		}
-		if err == nil {
-			out[name] = strings.Join(strings.Fields(string(b)), " ")
-		}
-	}
-	return out, nil
 }

@@ -43,7 +43,12 @@ func (n *census) findDonors(steps []forest.Step) error {
 	slices.SortStableFunc(n.procs, func(a, b *process) int { return order[a.inner] - order[b.inner] })
 	seen, lends := map[*mm.Space]bool{}, map[*mm.Space]bool{}
 	for _, p := range n.procs {
-		if from := forker[p.inner]; from != nil && !seen[p.space] && from.space != p.space && !from.space.Maps(n.files.MappedInside) {
+		from := forker[p.inner]
+		// Before it forks, one that lends is made, and then its ipc namespace is not.
+		if from != nil && from.place.NestedIPC() && from.space.Attaches() {
+			from = nil
+		}
+		if from != nil && !seen[p.space] && from.space != p.space && !from.space.Maps(n.files.MappedInside) {
 			if err := p.space.Borrow(from.space); err != nil {
 				return fail.In(p.name(), err)
 			}

@@ -91,10 +91,11 @@ type restore struct {
 	mounted  []*mount.Maker
 	lent     map[int]*os.File // file systems that one mount namespace has made for others, by mount
 	root     *rootDiff
-	mounts   *mount.Maker // nil where they are as the engine makes them
-	ipc      *sysv.Maker
-	undone   map[uint32]bool      // semaphore undo lists that have their adjustments
-	stubs    map[int]*tracee.Stub // by pid inside the container
+	mounts   *mount.Maker              // nil where they are as the engine makes them
+	ipc      map[image.Ref]*sysv.Maker // by namespace, 0 for the container's own
+	spaces   map[image.Ref]*os.File    // ipc namespaces that tasks have made
+	undone   map[uint32]bool           // semaphore undo lists that have their adjustments
+	stubs    map[int]*tracee.Stub      // by pid inside the container
 	threads  map[int][]*tracee.Stub
 	filler   *mm.Filler
 	users    users
@@ -128,8 +129,7 @@ func Restore(ctx context.Context, o RestoreOptions) (*Restored, error) {
 	r := &restore{
 		RestoreOptions: o, begin: begin, in: image.NewReader(o.Image), filler: mm.NewFiller(),
 		stubs: map[int]*tracee.Stub{}, threads: map[int][]*tracee.Stub{}, hinted: map[int][]forest.Step{}, forked: map[int]int{},
-		parts:  map[int][]part{},
-		undone: map[uint32]bool{},
+		parts: map[int][]part{}, undone: map[uint32]bool{}, spaces: map[image.Ref]*os.File{},
 	}
 	defer r.close()
 	err := travel(ctx, []phase{
@@ -168,6 +168,9 @@ func (r *restore) close() {
 		r.contents.cancel()
 	}
 	_ = r.filler.Close()
+	for _, f := range r.spaces {
+		_ = f.Close()
+	}
 	if r.service != nil {
 		_ = r.service.Close()
 	}
@@ -303,14 +306,22 @@ func (r *restore) openFiles(context.Context) error {
 	if err := r.prepareNesting(); err != nil {
 		return err
 	}
+	return r.fillSegments(0)
+}
+
+// fillSegments opens the shared memory that is there once the ipc namespace ns, 0
+// for the container's own, has its objects, to fill it.
+func (r *restore) fillSegments(ns image.Ref) error {
 	for ref, o := range r.head.Objects {
-		if rec, ok := o.(*image.Shmem); ok {
-			f, err := r.segment(ref, rec)
-			if err != nil {
-				return err
-			}
-			r.filler.Segment(ref, f)
+		rec, ok := o.(*image.Shmem)
+		if !ok || rec.SysV == nil && ns != 0 || rec.SysV != nil && rec.SysV.Perm.NS != ns {
+			continue
 		}
+		f, err := r.segment(ref, rec)
+		if err != nil {
+			return err
+		}
+		r.filler.Segment(ref, f)
 	}
 	return nil
 }
@@ -329,7 +340,7 @@ func (r *restore) checkNarrow() error {
 // segment opens shared memory, to fill it.
 func (r *restore) segment(ref image.Ref, rec *image.Shmem) (mm.Writer, error) {
 	if rec.SysV != nil {
-		f, err := r.ipc.Memory(r.made.stub.Pid, rec)
+		f, err := r.ipc[rec.SysV.Perm.NS].Memory(r.made.stub.Pid, rec)
 		if err != nil || rec.HugePage == 0 {
 			return f, err
 		}
@@ -390,6 +401,9 @@ func (r *restore) grow(ctx context.Context) error {
 		steps = steps[n:]
 	}
 	if err := r.placeTasks(); err != nil {
+		return err
+	}
+	if err := r.makeNestedIPC(); err != nil {
 		return err
 	}
 	if err := r.makeNestedMounts(); err != nil {
@@ -618,8 +632,8 @@ func (r *restore) put(c *image.Content) error {
 	if err := fault.Point("restore.chunk"); err != nil {
 		return err
 	}
-	if r.ipc.Has(c.Ref) {
-		r.ipc.Fill(c.Ref, c.Raw)
+	if q, ok := r.head.Objects[c.Ref].(*image.Messages); ok {
+		r.ipc[q.Perm.NS].Fill(c.Ref, c.Raw)
 		return nil
 	}
 	for _, m := range r.memories {
@@ -659,10 +673,8 @@ func (r *restore) finish(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, finish := range []func() error{r.ipc.Send, r.ipc.Finish} {
-		if err := finish(); err != nil {
-			return err
-		}
+	if err := r.finishIPC(); err != nil {
+		return err
 	}
 	for _, m := range r.mounted {
 		if err := m.Finish(); err != nil {
@@ -813,7 +825,9 @@ func (r *restore) prepareThread(f *finishing, i int, s *tracee.Stub) error {
 	clocks := r.clocks(f.pid)
 	var b tracee.Batch
 	if rec.SemUndo != 0 && !r.undone[rec.SemUndo] {
-		r.ipc.Undo(&b, rec.SemUndo)
+		for _, ref := range slices.Sorted(keys(r.ipc)) {
+			r.ipc[ref].Undo(&b, rec.SemUndo)
+		}
 		r.undone[rec.SemUndo] = true
 	}
 	task.RestoreThread(&b, rec, f.held)

@@ -214,7 +214,7 @@ func once[T any](read map[int]T, owner int, do func() (T, error)) (T, error) {
 // their place.
 func (n *census) scan(p *process) (err error) {
 	s := &n.sharing
-	p.space, err = once(n.found.spaces, representative(s.space, p.pid), func() (*mm.Space, error) { return mm.Scan(p.pid, p.maps, n.files, n.shared) })
+	p.space, err = once(n.found.spaces, representative(s.space, p.pid), func() (*mm.Space, error) { return mm.Scan(p.pid, p.place.IPC(), p.maps, n.files, n.shared) })
 	p.maps = nil
 	if err != nil {
 		return err

@@ -191,7 +191,7 @@ func (m *Maker) disarm(by *tracee.Stub, fd int, spent []image.EpollEntry, number
 func (m *Maker) epolls(watchLate bool) (refs []image.Ref) {
 	for _, ref := range Refs(m.head) {
 		f := m.head.File(ref)
-		if f != nil && f.Epoll != nil && watchLate == slices.ContainsFunc(f.Epoll.Entries, func(e image.EpollEntry) bool { return late(m.head.File(e.File)) }) {
+		if f != nil && f.Epoll != nil && watchLate == slices.ContainsFunc(f.Epoll.Entries, func(e image.EpollEntry) bool { return m.isLate(m.head.File(e.File)) }) {
 			refs = append(refs, ref)
 		}
 	}

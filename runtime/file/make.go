@@ -193,7 +193,7 @@ func (m *Maker) Make() error {
 	if err := m.makePtys(); err != nil {
 		return err
 	}
-	if err := m.makeQueues(); err != nil {
+	if err := m.makeQueues(0, nil); err != nil {
 		return err
 	}
 	if err := m.prepareUnix(); err != nil {
@@ -204,7 +204,7 @@ func (m *Maker) Make() error {
 	}
 	var files []image.Ref
 	for _, ref := range Refs(m.head) {
-		if f, ok := m.head.Objects[ref].(*image.File); ok && !late(f) && m.unix.late[ref] == 0 {
+		if f, ok := m.head.Objects[ref].(*image.File); ok && !m.isLate(f) && m.unix.late[ref] == 0 {
 			files = append(files, ref)
 		}
 	}
@@ -1142,9 +1142,11 @@ func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int
 	return fd, err
 }
 
-// late reports a file that can be opened only when there are more processes than
+// isLate reports a file that can be opened only when there are more processes than
 // the init.
-func late(f *image.File) bool { return f.Pid != 0 || f.Inside != 0 || f.Gone != nil }
+func (m *Maker) isLate(f *image.File) bool {
+	return f.Pid != 0 || f.Inside != 0 || f.Gone != nil || m.lateQueue(f)
+}
 
 // Obtain opens what can be opened only when all processes are there, and what is
 // about tasks that are gone. host is the pid here of a task.

@@ -16,6 +16,7 @@ import (
 	"github.com/ocickpt/ocickpt/image"
 	"github.com/ocickpt/ocickpt/runtime/bpf"
 	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/runtime/namespace"
 	"github.com/ocickpt/ocickpt/runtime/object"
 	"github.com/ocickpt/ocickpt/runtime/task"
 	"github.com/ocickpt/ocickpt/runtime/tracee"
@@ -223,7 +224,7 @@ var mqueue = kind{
 		id := fileID{d.seen.stat.Dev, d.seen.stat.Ino}
 		if s.queues.byID[id] == nil {
 			if s.queues.dirs[d.seen.stat.Dev] == nil {
-				return fail.Refuse("", "the message queue is of an ipc namespace that is not the container's own", "close it before the checkpoint")
+				return fail.Refuse("", "the message queue is of an ipc namespace that no task of the container is in", "close it before the checkpoint")
 			}
 			f, err := d.seen.own()
 			if err != nil {
@@ -263,27 +264,79 @@ func queueName(link string) string {
 // asCreator adds the calls that make a queue as its creator, whose resource limit
 // it counts against, with CAP_SYS_RESOURCE where the bundle gives that: it is asked
 // for beyond the limits in /proc/sys/fs/mqueue (mq_overview(7)).
-func (m *Maker) asCreator(b *tracee.Batch, uid uint32, make func()) {
+func (m *Maker) asCreator(b *tracee.Batch, uid, gid uint32, make func()) {
 	// Whose limit it counts against is the real user (ucounts of the kernel). The
 	// saved one stays, and with it the way back and the permitted capabilities.
 	keep := tracee.W(^uint32(0))
+	b.Add(unix.SYS_SETFSGID, tracee.W(gid)) // one that the user namespace of the queues has
 	b.Add(unix.SYS_SETRESUID, tracee.W(uid), tracee.W(uid), keep)
 	task.Capset(b, m.self.Capabilities, m.bundle.Capabilities&(1<<unix.CAP_SYS_RESOURCE), 0)
 	make()
 	b.Add(unix.SYS_SETRESUID, tracee.W(0), tracee.W(0), keep)
+	b.Add(unix.SYS_SETFSGID, tracee.W(m.self.GID))
 	task.Capset(b, m.self.Capabilities, m.self.Capabilities, 0)
 }
 
-// makeQueues makes the message queues of the container's own namespace, empty.
-// Those that have lost their name come first, so that it is free.
-func (m *Maker) makeQueues() error {
-	refs := slices.DeleteFunc(Refs(m.head), func(ref image.Ref) bool { return m.head.Mqueue(ref) == nil })
+// HasQueues reports whether the image has message queues in the ipc namespace ns, 0
+// for the container's own.
+func (m *Maker) HasQueues(ns image.Ref) bool { return len(m.queuesIn(ns)) > 0 }
+
+func (m *Maker) queuesIn(ns image.Ref) []image.Ref {
+	return slices.DeleteFunc(Refs(m.head), func(ref image.Ref) bool { q := m.head.Mqueue(ref); return q == nil || q.NS != ns })
+}
+
+// MakeQueues makes the message queues of an ipc namespace that a task has made, on
+// a visit there, and opens the descriptors of them: all other stubs have been
+// forked by then.
+func (m *Maker) MakeQueues(ns image.Ref, visit *namespace.Visit) error {
+	if err := m.makeQueues(ns, visit); err != nil {
+		return err
+	}
+	for _, ref := range Refs(m.head) {
+		f := m.head.File(ref)
+		if f == nil || f.Inside != 0 || !m.lateQueue(f) || m.head.Mqueue(f.Pipe).NS != ns {
+			continue
+		}
+		if err := m.obtainQueue(ref, f); err != nil {
+			return fail.On("message queue /"+m.head.Mqueue(f.Pipe).Name, err)
+		}
+	}
+	return nil
+}
+
+// lateQueue reports a descriptor of a message queue that is in an ipc namespace of
+// a task's making.
+func (m *Maker) lateQueue(f *image.File) bool {
+	q := m.head.Mqueue(f.Pipe)
+	return f.Kind == image.KindMqueue && q != nil && q.NS != 0
+}
+
+func (m *Maker) obtainQueue(ref image.Ref, f *image.File) error {
+	fd := make([]int, 1)
+	if err := m.open(m.opener(f), []image.Ref{ref}, fd); err != nil {
+		return err
+	}
+	var err error
+	if m.late[ref], err = m.stub.Take(fd[0]); err != nil {
+		return err
+	}
+	var b tracee.Batch
+	mqueue.finish(m, &b, fd[0], f)
+	b.Add(unix.SYS_CLOSE, tracee.W(fd[0]))
+	_, err = m.stub.Run(&b)
+	return err
+}
+
+// makeQueues makes the message queues of an ipc namespace, empty. Those that have
+// lost their name come first, so that it is free.
+func (m *Maker) makeQueues(ns image.Ref, visit *namespace.Visit) error {
+	refs := m.queuesIn(ns)
 	slices.SortStableFunc(refs, func(a, b image.Ref) int {
 		return cmp.Compare(order(m.head.Mqueue(a).Removed), order(m.head.Mqueue(b).Removed))
 	})
 	for _, ref := range refs {
 		rec := m.head.Mqueue(ref)
-		if err := m.makeQueue(ref, rec); err != nil {
+		if err := m.makeQueue(ref, rec, visit); err != nil {
 			return fail.On("message queue /"+rec.Name, err)
 		}
 	}
@@ -297,15 +350,19 @@ func order(first bool) int {
 	return 1
 }
 
-func (m *Maker) makeQueue(ref image.Ref, rec *image.Mqueue) error {
+// makeQueue makes one. In the ipc namespace of a user namespace that a task has
+// made it counts against the creator's limit in the container's.
+func (m *Maker) makeQueue(ref image.Ref, rec *image.Mqueue, visit *namespace.Visit) error {
 	var b tracee.Batch
 	var attr []byte
 	for _, v := range [8]int64{1: int64(rec.MaxCount), 2: int64(rec.MaxSize)} {
 		attr = binary.NativeEndian.AppendUint64(attr, uint64(v))
 	}
 	name, made := b.String(rec.Name), 0
-	m.asCreator(&b, rec.Creator, func() {
-		made = b.Try(unix.SYS_MQ_OPEN, name, tracee.W(unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC), tracee.W(0o600), b.Put(attr))
+	visit.Calls(&b, func() {
+		m.asCreator(&b, rec.Creator, rec.GID, func() {
+			made = b.Try(unix.SYS_MQ_OPEN, name, tracee.W(unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC), tracee.W(0o600), b.Put(attr))
+		})
 	})
 	if _, err := m.stub.Run(&b); err != nil {
 		return err
@@ -322,7 +379,7 @@ func (m *Maker) makeQueue(ref image.Ref, rec *image.Mqueue) error {
 	state.Add(unix.SYS_FCHOWN, tracee.W(up[0]), tracee.W(rec.UID), tracee.W(rec.GID))
 	state.Add(unix.SYS_FCHMOD, tracee.W(up[0]), tracee.W(rec.Mode))
 	if rec.Removed {
-		state.Add(unix.SYS_MQ_UNLINK, state.String(rec.Name))
+		visit.Calls(&state, func() { state.Add(unix.SYS_MQ_UNLINK, state.String(rec.Name)) })
 	}
 	_, err = m.stub.Run(&state)
 	return err

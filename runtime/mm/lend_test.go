@@ -65,9 +65,9 @@ func TestInherit(t *testing.T) {
 	f.Borrow(copies, r.ref, copier, &Loan{})
 	f.Space(copies, copier.Pid)
 	lends := func(pid int) bool {
-		donor, err := Scan(s.Pid, ReadMappings(s.Pid), files, NewShared())
+		donor, err := Scan(s.Pid, 0, ReadMappings(s.Pid), files, NewShared())
 		must(t, err)
-		borrower, err := Scan(pid, ReadMappings(pid), files, NewShared())
+		borrower, err := Scan(pid, 0, ReadMappings(pid), files, NewShared())
 		must(t, err)
 		must(t, borrower.Borrow(donor))
 		return borrower.Donor() == donor

@@ -191,7 +191,7 @@ func rebuild(t *testing.T) *rebuilt {
 	start(t, c)
 	r := &rebuilt{pid: c.Process.Pid, files: &program{opened: map[image.Ref]int{}}}
 	var err error
-	r.space, err = Scan(r.pid, ReadMappings(r.pid), r.files, NewShared())
+	r.space, err = Scan(r.pid, 0, ReadMappings(r.pid), r.files, NewShared())
 	must(t, err)
 	must(t, r.space.Details(statField(t, r.pid), heapEnd(r.space.Record)))
 	for i, o := range r.files.objects {

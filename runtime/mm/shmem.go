@@ -20,6 +20,9 @@ type Segment struct {
 	object.Object
 	Record *image.Shmem
 	path   string // of a link in /proc through which it can be opened
+
+	NS              uint64 // of a System V segment: inode of its ipc namespace
+	attached, found uint64 // likewise: areas, and those that were seen
 }
 
 // anonymousShared tells the names of shared memory that mmap made. The last is

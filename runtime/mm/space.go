@@ -33,7 +33,7 @@ type Files interface {
 // It is known by the inode of the tmpfs file behind it.
 type Shared struct {
 	segments map[inode]*Segment
-	sysv     map[int32]*Segment // by id
+	sysv     map[sysvKey]*Segment
 	order    []*Segment
 }
 
@@ -43,7 +43,9 @@ type inode struct {
 }
 
 // NewShared returns an empty set.
-func NewShared() *Shared { return &Shared{segments: map[inode]*Segment{}, sysv: map[int32]*Segment{}} }
+func NewShared() *Shared {
+	return &Shared{segments: map[inode]*Segment{}, sysv: map[sysvKey]*Segment{}}
+}
 
 // Segments lists what was found, in the order in which it was.
 func (s *Shared) Segments() []*Segment { return s.order }
@@ -56,6 +58,7 @@ type Space struct {
 
 	files []*object.Object // by area, nil for none
 	exe   *object.Object
+	ipc   uint64   // inode of the ipc namespace
 	pages []source // areas with pages that must be saved
 	bound []int    // areas with a memory policy of their own
 	rings []int    // of asynchronous I/O
@@ -106,11 +109,12 @@ var refused = map[string]string{
 
 // Scan reads the areas of a process. It changes nothing and works on a running
 // process too, to find out early what cannot be saved.
-func Scan(pid int, maps *Mappings, files Files, shared *Shared) (*Space, error) {
+// ipc is the inode of its ipc namespace.
+func Scan(pid int, ipc uint64, maps *Mappings, files Files, shared *Shared) (*Space, error) {
 	if maps.err != nil {
 		return nil, maps.err
 	}
-	s := &Space{Pid: pid, Record: &image.MM{}}
+	s := &Space{Pid: pid, ipc: ipc, Record: &image.MM{}}
 	s.Object = object.Object{Type: image.TypeMM, Record: s.Record, Complete: s.complete}
 	for i := range maps.all {
 		m := &maps.all[i]
@@ -184,7 +188,7 @@ func (s *Space) classify(a *image.Area, m *mapping, files Files, shared *Shared)
 	case m.name == "/secretmem"+deletedSuffix:
 		return nil, fail.Refuse("", "secret memory (memfd_secret) is not supported: nobody but its owner can read it", "unmap it before the checkpoint")
 	case strings.HasPrefix(m.name, sysvPrefix):
-		return shared.attached(a, m, link)
+		return shared.attached(s.ipc, a, m, link)
 	case strings.HasPrefix(m.name, aioRing):
 		a.Kind = image.AreaAIO
 		s.rings = append(s.rings, len(s.Record.Areas))

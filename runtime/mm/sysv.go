@@ -3,6 +3,7 @@ package mm
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -18,13 +19,33 @@ import (
 
 const sysvPrefix = "/SYSV"
 
-// SysV makes a segment of the container's ipc namespace known.
-func (s *Shared) SysV(rec *image.Shmem) *Segment {
-	seg := &Segment{Record: rec}
-	seg.Object = object.Object{Type: image.TypeShmem, Record: rec}
-	s.sysv[rec.SysV.Perm.ID] = seg
+// sysvKey is a segment's ipc namespace, by inode, and its id there.
+type sysvKey struct {
+	ns uint64
+	id int32
+}
+
+// SysV makes a segment of an ipc namespace known, which as many areas are of as
+// the kernel says. ref tells the namespace's reference when it is written.
+func (s *Shared) SysV(ns uint64, rec *image.Shmem, attached uint64, ref func() image.Ref) *Segment {
+	seg := &Segment{Record: rec, NS: ns, attached: attached}
+	seg.Object = object.Object{Type: image.TypeShmem, Record: rec, Complete: func() { rec.SysV.Perm.NS = ref() }}
+	s.sysv[sysvKey{ns, rec.SysV.Perm.ID}] = seg
 	s.order = append(s.order, seg)
 	return seg
+}
+
+// CheckAttached refuses segments whose attachments are not those that were found:
+// the inode of a mapping is the segment's id, whatever its namespace is, so that
+// those that a process has taken along from another namespace look like those of
+// its own. All processes are stopped.
+func (s *Shared) CheckAttached() error {
+	for _, seg := range s.order {
+		if seg.Record.SysV != nil && seg.found != seg.attached {
+			return fail.Refuse(fmt.Sprintf("System V shm %d", seg.Record.SysV.Perm.ID), fmt.Sprintf("%d areas are attached to it, and %d seem to be, by tasks of its ipc namespace: some task has taken its attachments along to another", seg.attached, seg.found), "detach it there before the checkpoint (shmdt)")
+		}
+	}
+	return nil
 }
 
 // Unattached reports a segment that nobody has been found to have attached.
@@ -34,11 +55,12 @@ func (s *Segment) Unattached() bool { return s.path == "" }
 func (s *Segment) Through(f *os.File) { s.path = fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
 
 // attached finds the segment behind a mapping.
-func (s *Shared) attached(a *image.Area, m *mapping, link string) (*object.Object, error) {
-	seg := s.sysv[int32(m.inode)]
+func (s *Shared) attached(ns uint64, a *image.Area, m *mapping, link string) (*object.Object, error) {
+	seg := s.sysv[sysvKey{ns, int32(m.inode)}]
 	if seg == nil {
-		return nil, fail.Refuse("", "System V shared memory of another ipc namespace", "detach it before the checkpoint")
+		return nil, fail.Refuse("", "System V shared memory of another ipc namespace than the task is in", "detach it before the checkpoint")
 	}
+	seg.found++
 	if seg.path == "" {
 		seg.path = link
 	}
@@ -68,6 +90,11 @@ func (s *Space) checkAttached() error {
 		}
 	}
 	return nil
+}
+
+// Attaches reports whether it has System V segments attached.
+func (s *Space) Attaches() bool {
+	return slices.ContainsFunc(s.files, func(f *object.Object) bool { _, ok := sysvOf(f); return ok })
 }
 
 func sysvOf(o *object.Object) (*image.Shmem, bool) {

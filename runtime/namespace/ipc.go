@@ -1,46 +1,52 @@
 package namespace
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ocickpt/ocickpt/nsutil"
-	"github.com/ocickpt/ocickpt/runtime/fail"
+	"github.com/ocickpt/ocickpt/image"
+	"github.com/ocickpt/ocickpt/runtime/tracee"
 )
 
-// ipc holds System V objects and POSIX message queues (ipc_namespaces(7)). Only
-// an empty one can be made again so far.
-var ipc = kind{
-	name: "ipc", flag: unix.CLONE_NEWIPC,
-	read: func(_ *Set, n *Namespace) error { return nsutil.Inside(n.path, CheckIPC) },
+// ipc holds System V objects and POSIX message queues (ipc_namespaces(7)). What is
+// in it is the business of package sysv and of message queues in package file.
+var ipc = kind{name: "ipc", flag: unix.CLONE_NEWIPC}
+
+// IPC is an ipc namespace that tasks have made.
+type IPC struct {
+	Path   string // leads to it
+	Inode  uint64
+	Task   string // that is in it, for messages
+	Record *image.NestedNamespace
 }
 
-// CheckIPC refuses objects in the calling thread's ipc namespace: they would be
-// gone after the restore, whoever has them attached or not.
-func CheckIPC() error {
-	for _, kind := range []string{"shm", "sem", "msg"} {
-		// The file shows the namespace of the thread that opens it.
-		b, err := os.ReadFile("/proc/sysvipc/" + kind)
-		if err != nil {
-			return fmt.Errorf("reading System V ipc: %w", err)
-		}
-		if n := bytes.Count(b, []byte{'\n'}) - 1; n > 0 {
-			return fail.Refuse("System V ipc", fmt.Sprintf("it has %d objects of type %s; they are not supported yet", n, kind), "remove them before the checkpoint (ipcrm)")
+// IPCs lists the ipc namespaces of the set.
+func (s *Set) IPCs() (out []IPC) {
+	for _, n := range s.list {
+		if n.Record.Type == "ipc" {
+			out = append(out, IPC{n.path, n.Record.Inode, n.name, &n.Record})
 		}
 	}
-	dir, err := OpenQueues()
-	if err != nil {
-		return err
+	return out
+}
+
+// Visit is a visit of the container's init stub to an ipc namespace that a task
+// has made, where it makes what is in it with the rights and the numbers of ids
+// that it has for the container's own. It is the numbers of descriptors of both
+// namespaces; nil stays where it is.
+type Visit struct{ There, Back int }
+
+// Calls adds calls that are made there.
+func (v *Visit) Calls(b *tracee.Batch, add func()) {
+	if v != nil {
+		b.Add(unix.SYS_SETNS, tracee.W(v.There), tracee.W(unix.CLONE_NEWIPC))
 	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err == nil && len(names) > 0 {
-		return fail.Refuse("message queue /"+names[0], "POSIX message queues in an ipc namespace that a task has made are not supported yet", "remove it before the checkpoint (mq_unlink)")
+	add()
+	if v != nil {
+		b.Add(unix.SYS_SETNS, tracee.W(v.Back), tracee.W(unix.CLONE_NEWIPC))
 	}
-	return err
 }
 
 // OpenQueues opens the directory of the calling thread's POSIX message queues. They

@@ -67,6 +67,7 @@ type mounter struct{ space, user *Namespace }
 type Place struct {
 	in       []*Namespace
 	children []*Namespace
+	ipc      uint64         // inode
 	Space    *Namespace     // the pid namespace, nil for the container's
 	User     *Namespace     // the user namespace, nil for the container's
 	apart    map[int]*Place // of threads, by their pids on the host
@@ -89,6 +90,7 @@ func (s *Set) add(pid int, name string, thread bool) (*Place, error) {
 	if err != nil {
 		return nil, gone(pid, err)
 	}
+	p.ipc = all["ipc"]
 	for _, kind := range nsutil.Types {
 		if inode := all[kind]; inode != s.Own[kind] {
 			if inode == s.Host[kind] {
@@ -381,6 +383,14 @@ func (p *Place) Fill(r *image.Process, tids []int) {
 // Nested reports whether a process is in a namespace of its own making, or
 // makes its children in one.
 func (p *Place) Nested() bool { return len(p.in)+len(p.children) > 0 }
+
+// IPC is the inode of the ipc namespace that a process is in.
+func (p *Place) IPC() uint64 { return p.ipc }
+
+// NestedIPC reports whether that is one that a task has made.
+func (p *Place) NestedIPC() bool {
+	return slices.ContainsFunc(p.in, func(n *Namespace) bool { return n.Record.Type == "ipc" })
+}
 
 // UserRecord is the user namespace that a process is in, nil for the container's.
 func (p *Place) UserRecord() *image.NestedNamespace {

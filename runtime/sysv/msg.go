@@ -41,7 +41,7 @@ func (s *Set) readQueue(id int, ids IDs) error {
 		return err
 	}
 	q := &queue{record: &image.Messages{Perm: perm(id, b, ids), MaxBytes: binary.NativeEndian.Uint64(b[msgMaxBytes:])}}
-	q.Object = object.Object{Type: image.TypeMessages, Record: q.record}
+	q.Object = object.Object{Type: image.TypeMessages, Record: q.record, Complete: func() { q.record.Perm.NS = s.ns() }}
 	buf := make([]byte, 8+longest)
 	for i := 0; ; i++ {
 		n, _, errno := unix.Syscall6(unix.SYS_MSGRCV, uintptr(id), uintptr(unsafe.Pointer(&buf[0])), uintptr(longest), uintptr(i), msgCopy|unix.IPC_NOWAIT, 0)
@@ -78,12 +78,6 @@ func (m *Maker) makeQueue(rec *image.Messages) error {
 	})
 }
 
-// Has reports whether ref is an object of the room that has contents.
-func (m *Maker) Has(ref image.Ref) bool {
-	_, ok := m.head.Objects[ref].(*image.Messages)
-	return ok
-}
-
 // Fill takes a part of a queue's texts, which come in order.
 func (m *Maker) Fill(ref image.Ref, data []byte) { m.texts[ref] = append(m.texts[ref], data...) }
 
@@ -116,7 +110,7 @@ func (m *Maker) send(rec *image.Messages, text []byte) error {
 	}
 	// The limit is set before the messages if they need it, and lowered behind.
 	if rec.MaxBytes >= rec.Bytes() {
-		if _, err := m.stub.AsItself(set); err != nil {
+		if _, err := m.Stub.AsItself(set); err != nil {
 			return err
 		}
 	}
@@ -126,7 +120,7 @@ func (m *Maker) send(rec *image.Messages, text []byte) error {
 			size += int(left[n].Size)
 			n++
 		}
-		_, err := m.stub.AsItself(func(b *tracee.Batch) {
+		_, err := m.Stub.AsItself(func(b *tracee.Batch) {
 			for _, one := range left[:n] {
 				body := append(binary.NativeEndian.AppendUint64(nil, uint64(one.Type)), text[:one.Size]...)
 				text = text[one.Size:]
@@ -142,7 +136,7 @@ func (m *Maker) send(rec *image.Messages, text []byte) error {
 		left = left[n:]
 	}
 	if rec.MaxBytes < rec.Bytes() {
-		_, err := m.stub.AsItself(set)
+		_, err := m.Stub.AsItself(set)
 		return err
 	}
 	return nil

@@ -32,7 +32,7 @@ func (s *Set) readSet(id int, ids IDs) error {
 		rec.Values = append(rec.Values, binary.NativeEndian.Uint16(values[i:]))
 	}
 	s.Sets = append(s.Sets, rec)
-	s.objects = append(s.objects, &object.Object{Type: image.TypeSemSet, Record: rec})
+	s.objects = append(s.objects, &object.Object{Type: image.TypeSemSet, Record: rec, Complete: func() { rec.Perm.NS = s.ns() }})
 	return nil
 }
 
@@ -48,7 +48,7 @@ func (m *Maker) makeSet(rec *image.SemSet) error {
 	for _, v := range rec.Values {
 		values = binary.NativeEndian.AppendUint16(values, v)
 	}
-	_, err = m.stub.AsItself(func(b *tracee.Batch) {
+	_, err = m.Stub.AsItself(func(b *tracee.Batch) {
 		b.Add(unix.SYS_SEMCTL, tracee.W(p.ID), tracee.W(0), tracee.W(setAll), b.Put(values))
 		if given(p) {
 			b.Add(unix.SYS_SEMCTL, tracee.W(p.ID), tracee.W(0), tracee.W(ipcSet), b.Put(permBytes(p, semSize)))

@@ -17,6 +17,8 @@ import (
 const (
 	shmSize = 112 // sizeof(struct shmid64_ds), asm-generic/shmbuf.h
 
+	shmAttached = 88 // shm_nattch in it
+
 	shmRemoved = 0o1000 // SHM_DEST
 	shmLocked  = 0o2000 // SHM_LOCKED
 	shmLock    = 11     // SHM_LOCK
@@ -32,6 +34,7 @@ func (s *Set) readSegment(id int, ids IDs) error {
 	mode := binary.NativeEndian.Uint32(b[20:])
 	rec.SysV = &image.SysVSegment{Perm: perm(id, b, ids), Removed: mode&shmRemoved != 0, Locked: mode&shmLocked != 0}
 	s.Segments = append(s.Segments, rec)
+	s.Attached = append(s.Attached, binary.NativeEndian.Uint64(b[shmAttached:]))
 	return nil
 }
 
@@ -94,7 +97,7 @@ func (m *Maker) makeSegment(rec *image.Shmem) error {
 	if err != nil || !given(p) {
 		return err
 	}
-	_, err = m.stub.AsItself(func(b *tracee.Batch) {
+	_, err = m.Stub.AsItself(func(b *tracee.Batch) {
 		b.Add(unix.SYS_SHMCTL, tracee.W(p.ID), tracee.W(ipcSet), b.Put(permBytes(p, shmSize)))
 	})
 	return err
@@ -105,13 +108,13 @@ const attachAt = 0x200000000000
 
 // Memory opens a segment that has been made, in this process, to fill it.
 func (m *Maker) Memory(pid int, rec *image.Shmem) (*os.File, error) {
-	if _, err := m.stub.AsItself(func(b *tracee.Batch) {
+	if _, err := m.Stub.AsItself(func(b *tracee.Batch) {
 		b.Add(unix.SYS_SHMAT, tracee.W(rec.SysV.Perm.ID), tracee.W(uint64(attachAt)), tracee.W(0))
 	}); err != nil {
 		return nil, err
 	}
 	f, err := openMapping(fmt.Sprintf("/proc/%d/", pid), attachAt, os.O_RDWR)
-	_, e := m.stub.AsItself(func(b *tracee.Batch) { b.Add(unix.SYS_SHMDT, tracee.W(uint64(attachAt))) })
+	_, e := m.Stub.AsItself(func(b *tracee.Batch) { b.Add(unix.SYS_SHMDT, tracee.W(uint64(attachAt))) })
 	return f, errors.Join(err, e)
 }
 
@@ -120,11 +123,11 @@ func (m *Maker) Memory(pid int, rec *image.Shmem) (*os.File, error) {
 func (m *Maker) Finish() error {
 	for _, ref := range m.refs {
 		rec := m.head.Shmem(ref)
-		if rec == nil || rec.SysV == nil || !rec.SysV.Removed && !rec.SysV.Locked {
+		if rec == nil || !rec.SysV.Removed && !rec.SysV.Locked {
 			continue
 		}
 		what := fmt.Sprintf("System V shm %d", rec.SysV.Perm.ID)
-		_, err := m.stub.AsItself(func(b *tracee.Batch) {
+		_, err := m.Stub.AsItself(func(b *tracee.Batch) {
 			if rec.SysV.Locked {
 				b.Add(unix.SYS_SHMCTL, tracee.W(rec.SysV.Perm.ID), tracee.W(shmLock), tracee.W(0))
 			}

@@ -28,15 +28,21 @@ type IDs interface {
 
 // Set is every object of one ipc namespace.
 type Set struct {
+	// Attached are, by segment, how often they are attached.
+	Attached []uint64
+
 	Segments []*image.Shmem
 	Sets     []*image.SemSet
 	queues   []*queue
 	objects  []*object.Object
+	ns       func() image.Ref
 }
 
-// Scan reads the calling thread's ipc namespace and changes nothing in it.
-func Scan(ids IDs) (*Set, error) {
-	s := &Set{}
+// Scan reads the calling thread's ipc namespace and changes nothing in it. ns
+// tells the namespace's reference when the records are written, 0 for the
+// container's own.
+func Scan(ids IDs, ns func() image.Ref) (*Set, error) {
+	s := &Set{ns: ns}
 	for kind, read := range map[string]func(id int, ids IDs) error{"shm": s.readSegment, "sem": s.readSet, "msg": s.readQueue} {
 		all, err := list(kind)
 		if err != nil {
@@ -108,38 +114,49 @@ type Stub interface {
 	AsItself(fill func(b *tracee.Batch)) (*tracee.Batch, error)
 }
 
-// Maker makes the objects of an image.
+// Maker makes the objects of an ipc namespace of an image.
 type Maker struct {
+	// Stub makes them, in the namespace.
+	Stub Stub
 	// Choose makes id that of the next object of a kind in the namespace.
 	Choose func(kind string, id int32) error
 	// MaxBytes bounds what the bundle allows a queue to hold.
 	MaxBytes uint64
 
-	stub  Stub
 	head  *image.Head
 	refs  []image.Ref
 	texts map[image.Ref][]byte
 }
 
-// NewMaker prepares to make the objects of an image; refs ascend.
-func NewMaker(head *image.Head, stub Stub, refs []image.Ref) *Maker {
-	return &Maker{stub: stub, head: head, refs: refs, texts: map[image.Ref][]byte{}}
-}
-
-// Needed reports whether the image has any.
-func (m *Maker) Needed() bool {
-	for _, ref := range m.refs {
-		switch o := m.head.Objects[ref].(type) {
-		case *image.Shmem:
-			if o.SysV != nil {
-				return true
-			}
-		case *image.SemSet, *image.Messages:
-			return true
+// NewMaker prepares to make the objects of an image that are in the ipc namespace
+// ns, 0 for the container's own; refs are the image's objects and ascend.
+func NewMaker(head *image.Head, ns image.Ref, refs []image.Ref) *Maker {
+	m := &Maker{head: head, texts: map[image.Ref][]byte{}}
+	for _, ref := range refs {
+		if p := Perm(head.Objects[ref]); p != nil && p.NS == ns {
+			m.refs = append(m.refs, ref)
 		}
 	}
-	return false
+	return m
 }
+
+// Perm is who a System V object belongs to, nil for another object.
+func Perm(o any) *image.IPCPerm {
+	switch o := o.(type) {
+	case *image.Shmem:
+		if o.SysV != nil {
+			return &o.SysV.Perm
+		}
+	case *image.SemSet:
+		return &o.Perm
+	case *image.Messages:
+		return &o.Perm
+	}
+	return nil
+}
+
+// Needed reports whether there are any.
+func (m *Maker) Needed() bool { return len(m.refs) > 0 }
 
 // ChooseHere makes id that of the next object of a kind in the calling thread's
 // namespace (Linux 3.9).
@@ -168,10 +185,8 @@ func (m *Maker) Make() error {
 		var what string
 		switch o := m.head.Objects[ref].(type) {
 		case *image.Shmem:
-			if o.SysV != nil {
-				what = fmt.Sprintf("System V shm %d", o.SysV.Perm.ID)
-				err = m.makeSegment(o)
-			}
+			what = fmt.Sprintf("System V shm %d", o.SysV.Perm.ID)
+			err = m.makeSegment(o)
 		case *image.SemSet:
 			what = fmt.Sprintf("System V sem %d", o.Perm.ID)
 			err = m.makeSet(o)
@@ -193,7 +208,7 @@ func (m *Maker) create(kind string, p *image.IPCPerm, get func(b *tracee.Batch) 
 		return err
 	}
 	made := 0
-	b, err := m.stub.AsItself(func(b *tracee.Batch) {
+	b, err := m.Stub.AsItself(func(b *tracee.Batch) {
 		// The creator is who has the effective ids. The real ones stay, and with
 		// them the way back and the permitted capabilities.
 		keep := tracee.W(^uint32(0))

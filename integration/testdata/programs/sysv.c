@@ -3,7 +3,7 @@
  * nobody, removed and locked ones; semaphores with values, adjustments to undo
  * and sleepers; message queues with messages and sleepers at both ends.
  */
-#include "hold.h"
+#include "apart.h"
 
 #include <signal.h>
 #include <sys/ipc.h>
@@ -280,10 +280,45 @@ static void check_queues(void)
 	need(m.type == 3 || m.type == 4);
 }
 
-int main(void)
+/* --- what the parent holds that has stayed --- */
+
+static volatile uint64_t *stayed;
+
+static void hold_own(void)
 {
+	need(shmget(IPC_PRIVATE, 1, 0600) >= 0);
+	shm_id = shmget(0x1234, SIZE, IPC_CREAT | IPC_EXCL | 0640);
+	need(shm_id >= 0);
+	stayed = shmat(shm_id, NULL, 0);
+	need(stayed != (void *)-1);
+	stayed[1] = 4711;
+	sem_id = semget(0x5678, 1, IPC_CREAT | IPC_EXCL | 0600);
+	need(sem_id >= 0 && !op1(sem_id, 0, 7, SEM_UNDO));
+	msg_id = msgget(0x9abc, IPC_CREAT | IPC_EXCL | 0600);
+	need(msg_id >= 0);
+}
+
+static void check_own(void)
+{
+	struct shmid_ds ds;
+	struct msqid_ds q;
+
+	need(shmget(0x1234, 0, 0) == shm_id && !shmctl(shm_id, IPC_STAT, &ds));
+	need(ds.shm_nattch == 1 && stayed[1] == 4711);
+	need(semget(0x5678, 0, 0) == sem_id && value(sem_id, 0) == 7);
+	need(!op1(sem_id, 0, -3, SEM_UNDO) && !op1(sem_id, 0, 3, SEM_UNDO));
+	need(msgget(0x9abc, 0) == msg_id && !msgctl(msg_id, IPC_STAT, &q));
+	need(q.msg_qnum == 0);
+}
+
+int main(int argc, char **argv)
+{
+	int nested = argc > 1;
+
 	report_open("sysv");
 	workers = map_shared(4096);
+	if (nested)
+		go_apart(wanted(argc, argv, "user"), hold_own, check_own);
 	make_segments();
 	make_semaphores();
 	make_queues();
@@ -292,6 +327,8 @@ int main(void)
 		check_segments();
 		check_semaphores();
 		check_queues();
+		if (nested)
+			check_limits();
 		watch(workers, 3);
 		tick();
 		doze(10 * MS);
