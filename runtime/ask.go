@@ -91,7 +91,7 @@ func (k *checkpoint) ask(p *process, children []*process) (*asking, error) {
 	src := &task.Source{
 		Stopped: k.halt.Stopped[p.tgid], Narrow: p.space.Narrow(),
 		Pid: p.pid, Inner: p.inner, Stat: p.stat, Tids: p.tids, Threads: p.threads, Status: p.status, Waiting: waiting, Live: p.live,
-		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Warn: k.c.warn,
+		Maps: k.c.maps, Now: k.c.now, Block: k.learned.block, Kept: k.learned.kept, Warn: k.c.warn,
 		Usual: k.c.usual, MayFlush: slices.Contains(k.c.bounding, "CAP_SYS_RESOURCE"), Also: also,
 		InnerTid: func(host int) int {
 			s, err := task.ReadStatus(host)

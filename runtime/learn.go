@@ -16,11 +16,14 @@ import (
 type learned struct {
 	log                   *slog.Logger
 	blocks, timers, undos question[*bpf.Question]
+	threads               question[*bpf.Question]
+	many                  bool // of threads, so that threads is expected
 	terminals             question[*bpf.Terminals]
 	rings                 question[*bpf.AIO]
 	queues                question[*bpf.Queues]
 	sockets               question[*bpf.TCPSockets]
 	allBlocks             func() map[int]bpf.RestartBlock
+	allThreads            func() map[int]bpf.Thread
 }
 
 // question is one that is loaded in time if it is expected, else when it is asked.
@@ -53,12 +56,19 @@ func (q *question[Q]) close() {
 func newLearned(log *slog.Logger) *learned {
 	l := &learned{log: log}
 	l.blocks.load, l.timers.load, l.undos.load, l.terminals.load, l.rings.load = bpf.RestartBlocks, bpf.Timers, bpf.SemUndos, bpf.NewTerminals, bpf.NewAIO
-	l.queues.load, l.sockets.load = bpf.NewQueues, bpf.NewTCPSockets
+	l.queues.load, l.sockets.load, l.threads.load = bpf.NewQueues, bpf.NewTCPSockets, bpf.Threads
 	l.allBlocks = sync.OnceValue(func() map[int]bpf.RestartBlock {
 		return ask(l, &l.blocks, (*bpf.Question).RestartBlocks)
 	})
+	l.allThreads = sync.OnceValue(func() map[int]bpf.Thread {
+		return ask(l, &l.threads, (*bpf.Question).Threads)
+	})
 	return l
 }
+
+// manyThreads is how many a process must have for the question about all to take
+// less time than asking each.
+const manyThreads = 32
 
 // expect looks at the running threads of pids and begins to prepare.
 func (l *learned) expect(pids []int) {
@@ -66,6 +76,7 @@ func (l *learned) expect(pids []int) {
 	for _, pid := range pids {
 		timers = timers || task.HasTimers(pid)
 		tids, _ := task.Threads(pid)
+		l.many = l.many || len(tids) >= manyThreads
 		for _, tid := range tids {
 			blocks = blocks || task.AsksForBlock(tid)
 		}
@@ -76,6 +87,9 @@ func (l *learned) expect(pids []int) {
 	if timers {
 		l.timers.expect()
 	}
+	if l.many {
+		l.threads.expect()
+	}
 }
 
 // ready waits until all that was expected is there.
@@ -85,6 +99,7 @@ func (l *learned) ready() {
 	l.undos.wait.Wait()
 	l.terminals.wait.Wait()
 	l.queues.wait.Wait()
+	l.threads.wait.Wait()
 }
 
 func (l *learned) close() {
@@ -95,6 +110,7 @@ func (l *learned) close() {
 	l.rings.close()
 	l.queues.close()
 	l.sockets.close()
+	l.threads.close()
 }
 
 // ask asks. Without an answer the caller warns.
@@ -113,6 +129,14 @@ func ask[Q io.Closer, T any](l *learned, q *question[Q], f func(Q) (T, error)) (
 func (l *learned) block(tid int) (bpf.RestartBlock, bool) {
 	b, ok := l.allBlocks()[tid]
 	return b, ok
+}
+
+// kept is what the kernel keeps of a stopped thread.
+func (l *learned) kept(tid int) (t bpf.Thread, ok bool) {
+	if l.many {
+		t, ok = l.allThreads()[tid]
+	}
+	return t, ok
 }
 
 // timersOf is what the kernel knows of a process's timers now.

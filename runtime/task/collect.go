@@ -47,6 +47,9 @@ type Source struct {
 	Block func(tid int) (bpf.RestartBlock, bool)
 	// Timers reads what the kernel knows of the process's timers, where it can.
 	Timers func() (map[int32]bpf.Timer, bool)
+	// Kept is what the kernel keeps of a thread, where it can be read and there are
+	// so many that it is worth it; nil for none.
+	Kept func(tid int) (bpf.Thread, bool)
 	// Exists tells of a pid inside whether the container has a process with it.
 	Exists func(inner int) bool
 	// Warn notes what could not be found out, or is not saved.
@@ -83,6 +86,14 @@ type Asked struct {
 	Jobs  []*tracee.Job // of those that wait in vfork(2), none
 
 	answers []func() error // by thread
+	samples map[bpf.Alike]*sample
+}
+
+// sample is a thread whose answers are those of others too.
+type sample struct {
+	rec    *image.Thread
+	status *Status
+	found  []string // what of it is not saved
 }
 
 // Ask reads what a process and its threads own, as far as that can be done from
@@ -93,7 +104,7 @@ func (s *Source) Ask() (*Asked, error) {
 		Pid:        int32(s.Inner),
 		ExitSignal: int32(s.Stat.Field(StatExitSignal)),
 	}}
-	a := &Asked{Source: s, State: st, answers: make([]func() error, len(s.Threads))}
+	a := &Asked{Source: s, State: st, answers: make([]func() error, len(s.Threads)), samples: map[bpf.Alike]*sample{}}
 	if err := s.outside(st.Task); err != nil {
 		return nil, err
 	}
@@ -205,6 +216,18 @@ func (a *Asked) thread(i int) error {
 	if err != nil {
 		return err
 	}
+	kept, known := s.kept(t.Tid, rec)
+	if like := a.samples[kept.Alike]; known && like != nil && status.sameRights(like.status) {
+		a.answers[i] = func() error {
+			like.answerFor(rec, &kept)
+			return s.unsaved(t, rec, append(unsaved, like.found...))
+		}
+		return nil
+	}
+	self := &sample{rec: rec, status: status}
+	if known {
+		a.samples[kept.Alike] = self
+	}
 	b := &tracee.Batch{}
 	done := []func(){askThread(b, rec)}
 	more := askUnsaved(b)
@@ -226,14 +249,9 @@ func (a *Asked) thread(i int) error {
 		for _, f := range done {
 			f()
 		}
-		for _, what := range append(unsaved, more()...) {
-			s.Warn("%s (thread %d)", what, rec.Tid)
-		}
-		if s.MayFlush && !rec.Controls.IOFlusher {
-			var err error
-			if rec.Controls.IOFlusher, err = unseenFlusher(t.Tid); err != nil {
-				return err
-			}
+		self.found = more()
+		if err := s.unsaved(t, rec, append(unsaved, self.found...)); err != nil {
+			return err
 		}
 		if i == s.asker() {
 			return s.processAnswer(t, st)
@@ -241,6 +259,49 @@ func (a *Asked) thread(i int) error {
 		return nil
 	}
 	return nil
+}
+
+// unsaved warns of what is not saved of a thread, and completes what it may not
+// tell itself.
+func (s *Source) unsaved(t *tracee.Thread, rec *image.Thread, found []string) (err error) {
+	for _, what := range found {
+		s.Warn("%s (thread %d)", what, rec.Tid)
+	}
+	if s.MayFlush && !rec.Controls.IOFlusher {
+		rec.Controls.IOFlusher, err = unseenFlusher(t.Tid)
+	}
+	return err
+}
+
+// kept is what the kernel keeps of a thread, unless the thread has to be asked all
+// the same: it has a memory policy of its own, or cannot make calls for us, which
+// is for its batch to say.
+func (s *Source) kept(tid int, rec *image.Thread) (k bpf.Thread, ok bool) {
+	if s.Kept == nil || s.Narrow || rec.Controls.Dispatch != nil {
+		return k, false
+	}
+	regs, err := tracee.DecodeRegs(rec.Regs)
+	if err != nil || !regs.In64BitMode() {
+		return k, false
+	}
+	k, ok = s.Kept(tid)
+	return k, ok && !k.HasPolicy
+}
+
+// answerFor completes the record of a thread that is like the sample.
+func (like *sample) answerFor(rec *image.Thread, kept *bpf.Thread) {
+	outside := rec.Controls
+	rec.Controls = like.rec.Controls
+	rec.Controls.Dispatch, rec.Controls.TLS, rec.Controls.TimerSlack = outside.Dispatch, outside.TLS, 0
+	if rec.TimerSlack != 0 {
+		rec.Controls.TimerSlack = kept.DefaultSlack
+	}
+	rec.Creds.Securebits = like.rec.Creds.Securebits
+	rec.TidAddress, rec.PDeathSig = kept.TidAddress, kept.DeathSig
+	rec.AltStack = image.AltStack{SP: kept.StackSP, Flags: int32(kept.StackFlags), Size: kept.StackSize}
+	if kept.StackSize == 0 {
+		rec.AltStack.Flags |= ssDisable
+	}
 }
 
 // processAnswer asks what the process's first answers call for.

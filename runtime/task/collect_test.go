@@ -86,7 +86,13 @@ func TestActions(t *testing.T) {
 // collectChild stops a child and reads everything it owns.
 func collectChild(t *testing.T) *State {
 	t.Helper()
-	pid := startChild(t, "own")
+	return collect(t, stopChild(t, "own"))
+}
+
+// stopChild stops a child.
+func stopChild(t *testing.T, what string) *Source {
+	t.Helper()
+	pid := startChild(t, what)
 	asleepIn(t, pid, unix.SYS_PAUSE)
 	src := &Source{
 		Pid: pid, Inner: 1, InnerTid: func(host int) int { return host - pid + 1 },
@@ -107,16 +113,55 @@ func collectChild(t *testing.T) *State {
 	check(t, err)
 	src.Live, err = tracee.NewLive(pid)
 	check(t, err)
-	defer src.Live.Close()
+	t.Cleanup(func() { _ = src.Live.Close() })
+	return src
+}
+
+// collect reads everything that a stopped child owns.
+func collect(t *testing.T, src *Source) *State {
+	t.Helper()
 	asked, err := src.Ask()
 	check(t, err)
 	tracee.RunAll(asked.Jobs)
 	check(t, asked.Answer())
 	st := asked.State
-	if len(st.Task.Threads) != len(tids) {
-		t.Fatalf("%d threads, want %d", len(st.Task.Threads), len(tids))
+	if len(st.Task.Threads) != len(src.Threads) {
+		t.Fatalf("%d threads, want %d", len(st.Task.Threads), len(src.Threads))
 	}
 	return st
+}
+
+// TestKept holds what the kernel keeps of threads, and what like ones have told,
+// against what each tells itself.
+func TestKept(t *testing.T) {
+	src := stopChild(t, "diverse")
+	told := collect(t, src)
+	q, err := bpf.Threads()
+	check(t, err)
+	defer q.Close()
+	all, err := q.Threads()
+	check(t, err)
+	src.Kept = func(tid int) (bpf.Thread, bool) { k, ok := all[tid]; return k, ok }
+	asked, err := src.Ask()
+	check(t, err)
+	if n := len(src.Threads); len(asked.Jobs) > n-diverseAlike+2 || len(all) != n {
+		t.Errorf("%d of %d threads are asked, %d are known", len(asked.Jobs), n, len(all))
+	}
+	tracee.RunAll(asked.Jobs)
+	check(t, asked.Answer())
+	if d := cmp.Diff(told.Task.Threads, asked.State.Task.Threads); d != "" {
+		t.Errorf("threads (-told +kept)\n%s", d)
+	}
+	var seen [4]bool
+	for i := range told.Task.Threads {
+		th := &told.Task.Threads[i]
+		for i, is := range []bool{th.Controls.NoTSC, th.Controls.MCEKill != 0, th.Policy != nil, th.Creds.Securebits != 0} {
+			seen[i] = seen[i] || is
+		}
+	}
+	if seen != [4]bool{true, true, true, true} {
+		t.Errorf("not as diverse as they should be: %v", seen)
+	}
 }
 
 func TestCollect(t *testing.T) {

@@ -80,7 +80,11 @@ func beChild(what string) {
 		fmt.Fprintln(os.Stderr, "child:", what, "ended:", errno)
 		return
 	}
-	if err := own(); err != nil {
+	begin := own
+	if what == "diverse" {
+		begin = diverse
+	}
+	if err := begin(); err != nil {
 		fmt.Fprintln(os.Stderr, "child:", err)
 		return
 	}
@@ -114,6 +118,43 @@ func own() error {
 		return err
 	}
 	return makeTimers()
+}
+
+// diverseAlike is how many of the diverse threads differ only in what the kernel
+// tells of each.
+const diverseAlike = 8
+
+// diverse starts threads of which some have something of their own.
+func diverse() error {
+	const interleave = 3 // MPOL_INTERLEAVE
+	node := uint64(1)
+	calls := [][4]uintptr{
+		{unix.SYS_PERSONALITY, 0x0040000}, // ADDR_NO_RANDOMIZE
+		{unix.SYS_PRCTL, unix.PR_SET_TSC, tscSigsegv},
+		{unix.SYS_PRCTL, unix.PR_MCE_KILL, mceKillSet, mceEarly},
+		{unix.SYS_PRCTL, unix.PR_SET_SPECULATION_CTRL, 0, unix.PR_SPEC_DISABLE}, // not on every processor
+		{unix.SYS_PRCTL, unix.PR_SET_SECUREBITS, 1 << 6},                        // SECBIT_NO_CAP_AMBIENT_RAISE
+		{unix.SYS_SET_MEMPOLICY, interleave, uintptr(unsafe.Pointer(&node)), 64},
+		{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1},
+	}
+	for i := range diverseAlike {
+		calls = append(calls, [4]uintptr{unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, uintptr(60_000 + i)}, [4]uintptr{unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(1 + i)})
+	}
+	ready := make(chan bool)
+	for _, c := range calls {
+		go func() {
+			runtime.LockOSThread()
+			ready <- true
+			_, _, _ = unix.RawSyscall(c[0], c[1], c[2], c[3])
+			for {
+				_, _, _ = unix.Syscall(unix.SYS_PAUSE, 0, 0, 0)
+			}
+		}()
+		<-ready
+	}
+	time.Sleep(50 * time.Millisecond)
+	runtime.KeepAlive(&node)
+	return nil
 }
 
 // makeTimers leaves timers 1, disarmed, and 2, armed; 0 is deleted.

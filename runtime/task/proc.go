@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -133,6 +134,12 @@ func (s *Status) set(key, value string) {
 	case "untag_mask":
 		s.UntagMask, _ = strconv.ParseUint(value, 0, 64)
 	}
+}
+
+// sameRights reports that two threads have the same ids and capabilities.
+func (s *Status) sameRights(other *Status) bool {
+	return s.UID == other.UID && s.GID == other.GID && slices.Equal(s.Groups, other.Groups) &&
+		s.CapInh == other.CapInh && s.CapPrm == other.CapPrm && s.CapEff == other.CapEff && s.CapBnd == other.CapBnd && s.CapAmb == other.CapAmb
 }
 
 func ids(s string) (out []uint32) {

@@ -132,6 +132,7 @@ func ChildSignals(b *tracee.Batch, ignore bool) {
 const (
 	altStackSize = 24 // stack_t
 	ssOnStack    = 1
+	ssDisable    = 2
 )
 
 // askAltStack adds the call that reads the thread's alternate signal stack.

@@ -67,6 +67,9 @@ func KernelRegs(raw []byte, fs, gs uint64, selectors [4]uint16) (r Regs, err err
 // v.
 func (r *Regs) SetResult(v uint64) { r.Rax, r.Orig_rax = v, noSyscall }
 
+// In64BitMode tells of a thread that runs code of 64 bits, as ours is.
+func (r *Regs) In64BitMode() bool { return r.Cs == userCS64 }
+
 // Encode returns the registers as they stand in an image: user_regs_struct in
 // its order, little endian.
 func (r *Regs) Encode() []byte {
