@@ -74,6 +74,7 @@ type looker struct {
 	proc     *Process
 	fd, info *os.File
 	buf      []byte
+	socket   *unix.Stat_t // of one that was met
 }
 
 func newLooker(p *Process) (l *looker, err error) {
@@ -103,7 +104,7 @@ func (l *looker) all(names []string) (all []*seen, err error) {
 	var wait sync.WaitGroup
 	for i := range threads {
 		wait.Go(func() {
-			own := looker{l.proc, l.fd, l.info, make([]byte, len(l.buf))}
+			own := looker{proc: l.proc, fd: l.fd, info: l.info, buf: make([]byte, len(l.buf))}
 			for _, name := range names[len(names)*i/threads : len(names)*(i+1)/threads] {
 				fd, err := strconv.Atoi(name)
 				if err != nil {
@@ -130,16 +131,37 @@ func (l *looker) look(fd int) (*seen, error) {
 		return nil, &fs.PathError{Op: "readlink", Path: s.path(), Err: err}
 	}
 	s.link = string(l.buf[:n])
-	if err := unix.Fstatat(int(l.fd.Fd()), name, &s.stat, 0); err != nil {
+	if err := l.stat(s, name); err != nil {
 		return nil, &fs.PathError{Op: "stat", Path: s.path(), Err: err}
 	}
-	if s.info, err = tracee.ReadFileAt(int(l.info.Fd()), name, l.buf); err != nil {
+	if s.info, err = tracee.ReadPieceAt(int(l.info.Fd()), name, l.buf); err != nil {
 		return nil, err
 	}
 	s.pos = int64(s.number("pos", 10))
 	s.flags = uint32(s.number("flags", 8))
 	s.mnt = int(s.number("mnt_id", 10))
 	return s, nil
+}
+
+// stat reads what stat(2) tells of a descriptor. Of a socket that is the number in its
+// link, "socket:[4711]", and else what it tells of any other one.
+func (l *looker) stat(s *seen, name string) error {
+	number, ok := strings.CutPrefix(s.link, "socket:[")
+	if ok && l.socket != nil {
+		ino, err := strconv.ParseUint(strings.TrimSuffix(number, "]"), 10, 64)
+		if err != nil {
+			return err
+		}
+		s.stat = unix.Stat_t{Dev: l.socket.Dev, Mode: unix.S_IFSOCK, Nlink: 1, Ino: ino}
+		return nil
+	}
+	if err := unix.Fstatat(int(l.fd.Fd()), name, &s.stat, 0); err != nil {
+		return err
+	}
+	if ok {
+		l.socket = &s.stat
+	}
+	return nil
 }
 
 // field is the value behind "key:" in the descriptor's fdinfo.

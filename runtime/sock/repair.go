@@ -73,7 +73,11 @@ func readMoving(fd int) (moving, error) {
 	if err != nil {
 		return moving{}, fmt.Errorf("TCP_INFO: %w", err)
 	}
-	return moving{i.State, i.Bytes_acked, i.Bytes_received, i.Bytes_sent, i.Notsent_bytes}, nil
+	return movingOf(i), nil
+}
+
+func movingOf(i *unix.TCPInfo) moving {
+	return moving{i.State, i.Bytes_acked, i.Bytes_received, i.Bytes_sent, i.Notsent_bytes}
 }
 
 // Held is a socket of the container.
@@ -187,11 +191,15 @@ func (c *Connection) readOnce(fd int, alone bool) (same bool, err error) {
 	if c.steady {
 		return true, nil
 	}
-	now, err := readMoving(fd)
-	if err != nil || now == c.read {
-		return true, err
+	info, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO)
+	if err != nil {
+		return false, fmt.Errorf("TCP_INFO: %w", err)
 	}
-	if c.Content, err = readConnection(fd, c.Record); err != nil {
+	now := movingOf(info)
+	if now == c.read {
+		return true, nil
+	}
+	if c.Content, err = readConnection(fd, info, c.Record); err != nil {
 		return false, err
 	}
 	c.read = now
@@ -204,21 +212,15 @@ func (c *Connection) readOnce(fd int, alone bool) (same bool, err error) {
 
 // readConnection completes the record of a connection and returns the bytes of
 // its queues.
-func readConnection(fd int, s *image.Socket) (content []byte, err error) {
+func readConnection(fd int, info *unix.TCPInfo, s *image.Socket) (content []byte, err error) {
 	t := s.TCP
 	*t = image.TCP{Peer: t.Peer}
-	if err := readAgreed(fd, t); err != nil {
-		return nil, err
-	}
+	readAgreed(info, t)
 	if err := readShut(fd, t); err != nil {
 		return nil, err
 	}
-	for i, name := range []int{unix.SO_SNDBUF, unix.SO_RCVBUF} {
-		size, err := number(fd, unix.SOL_SOCKET, name)
-		if err != nil {
-			return nil, err
-		}
-		t.Buffers[i] = uint32(size)
+	if err := readBufferSizes(fd, t); err != nil {
+		return nil, err
 	}
 	waiting, err := unix.IoctlGetInt(fd, unix.SIOCINQ)
 	if err != nil {
@@ -242,20 +244,29 @@ func readConnection(fd int, s *image.Socket) (content []byte, err error) {
 	return append(received, sent...), err
 }
 
-// readAgreed reads what the handshake has agreed on. The scales are two halves of
+// readBufferSizes reads the sizes to which the buffers have grown.
+func readBufferSizes(fd int, t *image.TCP) error {
+	const receive, send, words = 1, 3, 9 // SK_MEMINFO_RCVBUF, SK_MEMINFO_SNDBUF, SK_MEMINFO_VARS
+	var sizes [words]uint32
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(&sizes[0])), unsafe.Sizeof(sizes))
+	got, err := get(fd, unix.SOL_SOCKET, unix.SO_MEMINFO, raw)
+	if err == nil && len(got) <= 4*send {
+		err = fmt.Errorf("SO_MEMINFO: %d bytes", len(got))
+	}
+	t.Buffers = [2]uint32{sizes[send], sizes[receive]}
+	return err
+}
+
+// readAgreed notes what the handshake has agreed on. The scales are two halves of
 // a byte that package unix leaves out.
-func readAgreed(fd int, t *image.TCP) error {
-	const state, options, scales = 0, 5, 6
-	info, err := get(fd, unix.SOL_TCP, unix.TCP_INFO, make([]byte, 8))
-	if err != nil || len(info) < 8 {
-		return fmt.Errorf("TCP_INFO: %d bytes, %w", len(info), err)
-	}
-	t.State = info[state]
-	t.Agreed = info[options] & (agreedTimestamps | agreedSACK | agreedScale)
+func readAgreed(info *unix.TCPInfo, t *image.TCP) {
+	const scales = 6
+	t.State = info.State
+	t.Agreed = info.Options & (agreedTimestamps | agreedSACK | agreedScale)
 	if t.Agreed&agreedScale != 0 {
-		t.SendScale, t.ReceiveScale = info[scales]&0xf, info[scales]>>4
+		both := unsafe.Slice((*byte)(unsafe.Pointer(info)), scales+1)[scales]
+		t.SendScale, t.ReceiveScale = both&0xf, both>>4
 	}
-	return nil
 }
 
 // readShut reads what poll(2) tells of the end of a connection. Which error waits
@@ -284,6 +295,9 @@ func readShut(fd int, t *image.TCP) error {
 // peekFromStart is peek for a queue that the program may look at from elsewhere
 // (SO_PEEK_OFF of socket(7), which TCP has since Linux 6.9).
 func peekFromStart(fd, n int) (data []byte, err error) {
+	if n == 0 {
+		return nil, nil
+	}
 	offset, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF)
 	if err != nil || offset < 0 {
 		return peek(fd, n)
@@ -345,9 +359,11 @@ func readRepaired(fd int, t *image.TCP) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("what waits to be sent: %w", err)
 	}
-	unsent, err := unix.IoctlGetInt(fd, siocOutqNsd)
-	if err != nil {
-		return nil, fmt.Errorf("SIOCOUTQNSD: %w", err)
+	unsent := 0
+	if unacked > 0 {
+		if unsent, err = unix.IoctlGetInt(fd, siocOutqNsd); err != nil {
+			return nil, fmt.Errorf("SIOCOUTQNSD: %w", err)
+		}
 	}
 	t.Send.Bytes = uint32(len(sent))
 	t.Unsent = min(uint32(unsent), t.Send.Bytes)

@@ -18,6 +18,16 @@ func ReadFile(path string) ([]byte, error) {
 // ReadFileAt is ReadFile for a path from the directory dir, with the memory of buf,
 // of which the result keeps nothing.
 func ReadFileAt(dir int, path string, buf []byte) ([]byte, error) {
+	return readAt(dir, path, buf, false)
+}
+
+// ReadPieceAt is ReadFileAt for a file that the kernel shows in one piece
+// (single_open in fs/seq_file.c): behind what does not fill the buffer comes nothing.
+func ReadPieceAt(dir int, path string, buf []byte) ([]byte, error) {
+	return readAt(dir, path, buf, true)
+}
+
+func readAt(dir int, path string, buf []byte, piece bool) ([]byte, error) {
 	fd, err := retry(func() (int, error) { return unix.Openat(dir, path, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
@@ -29,7 +39,7 @@ func ReadFileAt(dir int, path string, buf []byte) ([]byte, error) {
 		if err != nil {
 			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
 		}
-		if b = b[:len(b)+n]; n == 0 {
+		if b = b[:len(b)+n]; n == 0 || piece && len(b) < cap(b) {
 			return slices.Clone(b), nil
 		}
 		if len(b) == cap(b) {
