@@ -302,9 +302,11 @@ func (b *builder) checkFS(f *FS) error {
 	return nil
 }
 
-func checkRemovedFile(i *Removed) error {
+func (b *builder) checkRemovedFile(i *Removed) error {
 	format := i.Mode & formatMask
 	switch {
+	case i.Inside != 0 && !b.isMountNamespace(i.Inside):
+		return fmt.Errorf("reference %d names no mount namespace of a task", i.Inside)
 	case i.Mode&^uint32(formatMask|0o7777) != 0:
 		return fmt.Errorf("mode %#o", i.Mode)
 	case !slices.Contains([]uint32{formatDir, formatFile, formatLink, formatFifo, formatSock}, format):

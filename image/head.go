@@ -255,7 +255,7 @@ func (b *builder) check(v any) error {
 	case *FS:
 		return b.checkFS(v)
 	case *Removed:
-		return checkRemovedFile(v)
+		return b.checkRemovedFile(v)
 	case *Pipe:
 		return b.checkPipe(v)
 	case *Pty:

@@ -713,6 +713,7 @@ type Removed struct {
 	Target  string `cbor:"11,keyasint,omitempty"` // of a symbolic link
 
 	Xattrs []Xattr `cbor:"40,keyasint,omitempty"` // of one without Link
+	Inside Ref     `cbor:"41,keyasint,omitempty"` // the mount namespace of a task in which it had its name
 }
 
 // Pipe is the buffer behind the ends of a pipe or fifo. Its bytes follow as

@@ -622,12 +622,15 @@ func (k *checkpoint) savePages(save *mm.Saver) error {
 	if err := k.saveSegments(save, false); err != nil {
 		return err
 	}
-	for _, p := range k.census.procs {
-		if p.space.Pid != p.pid {
-			continue
-		}
-		if err := p.space.Save(save.For(p.space.Ref)); err != nil {
-			return fail.In(p.name(), err)
+	late := func(p *process) bool { return p.space.Maps(k.census.files.MappedInside) }
+	for _, turn := range []bool{false, true} { // those that are made when all have been forked come last
+		for _, p := range k.census.procs {
+			if p.space.Pid != p.pid || late(p) != turn {
+				continue
+			}
+			if err := p.space.Save(save.For(p.space.Ref)); err != nil {
+				return fail.In(p.name(), err)
+			}
 		}
 	}
 	return k.saveSegments(save, true)

@@ -204,7 +204,7 @@ func (r *restore) fillUntil(ctx context.Context, ref image.Ref) (whole bool, err
 			return false, err
 		}
 		if r.head.MM(c.Ref) != nil {
-			if r.userOf(c.Ref) == 0 {
+			if r.userOf(c.Ref) == 0 || r.maker.MapsInside(r.head.MM(c.Ref)) {
 				return false, nil
 			}
 			if err := r.rebuildSpace(c.Ref); err != nil {

@@ -62,7 +62,7 @@ func (r *restore) makeMountsOf(n *image.NestedNamespace, asked *bool) error {
 	}
 	places := r.maker.Covered()
 	if !m.NeededNested(places) {
-		return nil
+		return r.removedInside(n, me)
 	}
 	if !*asked {
 		if err := r.mayMount(); err != nil {
@@ -97,7 +97,19 @@ func (r *restore) makeMountsOf(n *image.NestedNamespace, asked *bool) error {
 	if err := r.takeLent(me.Stub, m); err != nil {
 		return err
 	}
-	return r.maker.CoverInside(me.Stub, n.Ref, held, r.stubs)
+	if err := r.maker.CoverInside(me.Stub, n.Ref, held, r.stubs); err != nil {
+		return err
+	}
+	return r.removedInside(n, me)
+}
+
+// removedInside makes files that have lost their names in a mount namespace.
+func (r *restore) removedInside(n *image.NestedNamespace, me *namespace.Mounter) error {
+	var ids *task.IDMaps
+	if owner := r.head.Nested(n.Owner); owner != nil {
+		ids = &task.IDMaps{UID: owner.User.UIDMap, GID: owner.User.GIDMap}
+	}
+	return r.maker.MakeRemovedInside(me.Stub, n.Ref, ids, r.stubs)
 }
 
 // mounter is a stub that can mount in a namespace, see namespace.Maker.Mounter.

@@ -238,9 +238,15 @@ var shmem = kind{
 // reopen adds the open of another description of an inode that has no path,
 // through /proc of the container.
 func (m *Maker) reopen(b *tracee.Batch, fd int, flags uint32) int {
-	dir, path := tracee.W(unix.AT_FDCWD), "/proc/self/fd/"+strconv.Itoa(fd)
-	if len(m.kept) > 0 { // the stub may be where there is none
-		dir, path = tracee.W(m.kept[0]), "self/fd/"+strconv.Itoa(fd)
-	}
+	dir, path := m.throughProc(fd)
 	return b.Add(unix.SYS_OPENAT, dir, b.String(path), tracee.W(flags&^creationFlags|unix.O_CLOEXEC))
+}
+
+// throughProc is a path to an open file, and the directory that it starts from:
+// the stub may be where there is no /proc.
+func (m *Maker) throughProc(fd int) (dir tracee.Word, path string) {
+	if len(m.kept) > 0 {
+		return tracee.W(m.kept[0]), "self/fd/" + strconv.Itoa(fd)
+	}
+	return tracee.W(unix.AT_FDCWD), "/proc/self/fd/" + strconv.Itoa(fd)
 }

@@ -77,6 +77,9 @@ func (m *Maker) sameOpener(refs []image.Ref) iter.Seq2[int, int] {
 // file system uid comes before the capabilities, for a change of it changes
 // them (capabilities(7), "Effect of user ID changes").
 func (m *Maker) become(b *tracee.Batch, who Identity) {
+	if m.stays { // in a user namespace of a task's it is that already
+		return
+	}
 	task.Capset(b, m.self.Capabilities, m.self.Capabilities, 0)
 	groups := make([]byte, 0, 4*len(who.Groups))
 	for _, g := range who.Groups {

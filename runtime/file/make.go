@@ -68,6 +68,7 @@ type Maker struct {
 	file     *os.File
 	owned    map[image.Ref]bool
 	covered  map[mount.Place]int  // what is kept open below mounts
+	stays    bool                 // the stub never becomes anybody
 	queues   map[image.Ref]int    // POSIX message queues
 	texts    map[image.Ref][]byte // of their messages
 	notified map[image.Ref]bool   // those whose task is to be told again
@@ -295,6 +296,11 @@ func (m *Maker) opens() (n int) {
 			}
 		}
 	}
+	for _, o := range m.head.Objects {
+		if rec, ok := o.(*image.Removed); ok && rec.Inside != 0 {
+			n += 2
+		}
+	}
 	return n + len(m.Given) + len(m.Covered())
 }
 
@@ -366,11 +372,18 @@ func (m *Maker) reserve() error {
 		}
 	}
 	mapped := m.mappedInside()
-	if len(places)+len(mapped) == 0 {
+	var removed []image.Ref
+	for _, ref := range Refs(m.head) {
+		if rec := m.head.Removed(ref); rec != nil && rec.Inside != 0 {
+			removed = append(removed, ref)
+		}
+	}
+	n := len(places) + len(mapped) + 2*len(removed)
+	if n == 0 {
 		return nil
 	}
 	var b tracee.Batch
-	for range len(places) + len(mapped) {
+	for range n {
 		b.Add(unix.SYS_FCNTL, tracee.W(m.stdio[0]), tracee.W(unix.F_DUPFD_CLOEXEC), tracee.W(m.base))
 	}
 	if _, err := m.stub.Run(&b); err != nil {
@@ -385,7 +398,62 @@ func (m *Maker) reserve() error {
 	for i, ref := range mapped {
 		m.fds[ref] = int(b.Calls[len(places)+i].Ret)
 	}
+	for i, ref := range removed {
+		at := b.Calls[len(places)+len(mapped)+2*i:]
+		if m.anchors[ref] = int(at[0].Ret); m.head.Removed(ref).Unnamed {
+			m.unnamed[ref] = int(at[1].Ret)
+		}
+	}
 	return nil
+}
+
+// MakeRemovedInside makes, by a stub in a mount namespace of a task's, the files
+// that have lost their names there, and gives them to all stubs. Ids, if not nil,
+// are those of the user namespace that it is in.
+func (m *Maker) MakeRemovedInside(by *tracee.Stub, ns image.Ref, ids *task.IDMaps, stubs map[int]*tracee.Stub) error {
+	var refs []image.Ref
+	for _, ref := range Refs(m.head) {
+		if rec := m.head.Removed(ref); rec != nil && rec.Inside == ns {
+			refs = append(refs, ref)
+			if ids != nil {
+				rec.UID, rec.GID = ids.User(rec.UID), ids.Group(rec.GID)
+			}
+		}
+	}
+	if len(refs) == 0 {
+		return nil
+	}
+	there := *m
+	there.stub, there.stays, there.anchors, there.unnamed = by, ids != nil, map[image.Ref]int{}, map[image.Ref]int{}
+	if err := there.makeAllRemoved(refs); err != nil {
+		return err
+	}
+	for _, ref := range refs {
+		for at, number := range map[int]int{there.anchors[ref]: m.anchors[ref], there.unnamed[ref]: m.unnamed[ref]} {
+			if number == 0 {
+				continue
+			}
+			if err := m.installAll(by, at, number, stubs); err != nil {
+				return fail.On("deleted file "+m.head.Removed(ref).Path, err)
+			}
+		}
+	}
+	return nil
+}
+
+// installAll puts a descriptor of one stub under a number that was reserved for it
+// into all.
+func (m *Maker) installAll(by *tracee.Stub, fd, number int, stubs map[int]*tracee.Stub) error {
+	f, err := by.Take(fd)
+	if err != nil {
+		return err
+	}
+	for _, s := range stubs {
+		if err == nil {
+			err = m.install(s, f, number)
+		}
+	}
+	return errors.Join(err, f.Close())
 }
 
 // mappedInside lists the mapped files that are opened in mount namespaces of tasks.
@@ -405,7 +473,7 @@ func (m *Maker) mappedInside() (refs []image.Ref) {
 // insideOf lists those of one address space.
 func (m *Maker) insideOf(space *image.MM) (refs []image.Ref) {
 	add := func(ref image.Ref) {
-		if f := m.head.File(ref); f != nil && f.Inside != 0 && !slices.Contains(refs, ref) {
+		if f := m.head.File(ref); f != nil && m.inside(f) && !slices.Contains(refs, ref) {
 			refs = append(refs, ref)
 		}
 	}
@@ -1145,7 +1213,14 @@ func (m *Maker) openLateFirst(s *tracee.Stub, f *image.File, ref image.Ref) (int
 // isLate reports a file that can be opened only when there are more processes than
 // the init.
 func (m *Maker) isLate(f *image.File) bool {
-	return f.Pid != 0 || f.Inside != 0 || f.Gone != nil || m.lateQueue(f)
+	return f.Pid != 0 || m.inside(f) || f.Gone != nil || m.lateQueue(f)
+}
+
+// inside reports a file that can be opened only when tasks are in the mount
+// namespaces that they have made. Of a socket it is only its name.
+func (m *Maker) inside(f *image.File) bool {
+	gone := m.head.Removed(f.Removed)
+	return f.Inside != 0 && f.Kind != image.KindSocket || gone != nil && gone.Inside != 0
 }
 
 // Obtain opens what can be opened only when all processes are there, and what is
@@ -1178,7 +1253,7 @@ func (m *Maker) OpenInside(stubs map[int]*tracee.Stub) error {
 	}
 	for _, ref := range Refs(m.head) {
 		f, ok := m.head.Objects[ref].(*image.File)
-		if !ok || f.Inside == 0 && (f.Kind != image.KindProc || f.Pid == 0 || f.Thread != 0) {
+		if !ok || !m.inside(f) && (f.Kind != image.KindProc || f.Pid == 0 || f.Thread != 0) {
 			continue
 		}
 		if err := m.openInside(stubs, ref, f); err != nil {

@@ -28,6 +28,7 @@ type removed struct {
 	record *image.Removed
 	link   string // in /proc, through which it can be opened
 	stat   unix.Stat_t
+	in     *namespace.View // where it had its name
 }
 
 type fileID struct{ dev, ino uint64 }
@@ -54,54 +55,68 @@ func (s *Set) locate(v *namespace.View, text string, st *unix.Stat_t, link strin
 		}
 		return where{path: text}, err
 	}
-	if err := s.sameDirectory(v, filepath.Dir(path)); err != nil {
-		return where{}, err
-	}
+	v = s.namedIn(v, filepath.Dir(path), st)
 	key := fileID{st.Dev, st.Ino}
 	if r := s.removed[key]; r != nil {
 		return where{path: path, gone: r}, nil
 	}
-	if err := s.uncovered(path, st, link); err != nil {
+	if err := s.uncovered(v, path, st); err != nil {
 		return where{}, err
 	}
 	r, err := s.remove(path, st, link)
 	if err != nil {
 		return where{}, err
 	}
+	if r.in = v; v.Ref != nil {
+		s.placed = append(s.placed, func() { r.record.Inside = *v.Ref })
+	}
 	s.removed[key] = r
 	s.gone = append(s.gone, r)
 	return where{path: path, gone: r}, nil
 }
 
+// namedIn is the mount namespace to make what has lost its name in a directory in:
+// the container's, if it is there the same directory, else the one that it is
+// mounted in, or where that has something else there by now, another that shows it.
+func (s *Set) namedIn(v *namespace.View, dir string, st *unix.Stat_t) *namespace.View {
+	if v.Ref == nil || s.sameDirectory(v, dir, st) {
+		return s.own()
+	}
+	for _, one := range append([]*namespace.View{v}, s.Views()...) {
+		if now, err := lstat(one.Root, dir); err == nil && now.Dev == st.Dev {
+			return one
+		}
+	}
+	return v
+}
+
 // uncovered refuses a file that has lost its name, in a directory over which the
 // container has mounted something since.
-func (s *Set) uncovered(path string, st *unix.Stat_t, link string) error {
-	if s.Covered == nil {
+func (s *Set) uncovered(v *namespace.View, path string, st *unix.Stat_t) error {
+	if s.Covered == nil && v.Ref == nil {
 		return nil
 	}
-	now, err := s.lstat(filepath.Dir(path))
-	if err == nil && now.Dev != st.Dev && !s.overlaid(filepath.Dir(path)) {
+	now, err := lstat(v.Root, filepath.Dir(path))
+	if err == nil && now.Dev != st.Dev && !overlaid(v.Root, filepath.Dir(path)) {
 		return fail.Refuse("", "it was deleted and the container has mounted something over where it was; that is not supported", "close it before the checkpoint")
 	}
 	return nil
 }
 
-// sameDirectory refuses a directory of a mount namespace that a task has made
-// where the container has another one, or none: files that have lost their name
-// are made in the container's.
-func (s *Set) sameDirectory(v *namespace.View, dir string) error {
-	if v.Ref == nil {
-		return nil
+// sameDirectory reports a directory of a mount namespace that a task has made
+// which is also the container's: what has lost its name there is made in that.
+func (s *Set) sameDirectory(v *namespace.View, dir string, st *unix.Stat_t) bool {
+	ours, err := s.lstat(dir)
+	theirs, e := lstat(v.Root, dir)
+	if err != nil || e != nil { // gone too
+		return errors.Is(err, unix.ENOENT) && errors.Is(e, unix.ENOENT) && !s.onlyIn(v, st)
 	}
-	theirs, err := lstat(v.Root, dir)
-	if err != nil {
-		return nil // gone too
-	}
-	if ours, err := s.lstat(dir); err != nil || ours.Dev != theirs.Dev || ours.Ino != theirs.Ino {
-		return fail.Refuse("", "it was deleted in a mount namespace of a task's own; that is not supported yet", "close it before the checkpoint")
-	}
-	return nil
+	return ours.Dev == theirs.Dev && ours.Ino == theirs.Ino
 }
+
+// onlyIn reports a file on a file system that the container's own mounts do not
+// show.
+func (s *Set) onlyIn(v *namespace.View, st *unix.Stat_t) bool { return !v.Shares(st.Dev) }
 
 // remove describes a file that has lost the name path.
 func (s *Set) remove(path string, st *unix.Stat_t, link string) (*removed, error) {
@@ -142,10 +157,10 @@ func readlinkOpen(link string, target []byte) (int, error) {
 
 // overlaid reports a directory of an overlay, which counts links of the layers
 // below too and so does not tell whether a name is left.
-func (s *Set) overlaid(dir string) bool {
+func overlaid(root *os.File, dir string) bool {
 	var fs unix.Statfs_t
 	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
-	fd, err := unix.Openat2(int(s.Root.Fd()), dir, &how)
+	fd, err := unix.Openat2(int(root.Fd()), dir, &how)
 	if err != nil {
 		return false
 	}
@@ -164,9 +179,9 @@ func (s *Set) findNames() {
 		if r.stat.Nlink == 0 || r.stat.Mode&unix.S_IFMT != unix.S_IFREG {
 			continue
 		}
-		if r.record.Link = s.otherName(dir, &r.stat); r.record.Link != "" {
+		if r.record.Link = s.otherName(r.in, dir, &r.stat); r.record.Link != "" {
 			r.record.Size, r.record.Xattrs = 0, nil
-		} else if !s.overlaid(dir) {
+		} else if !overlaid(r.in.Root, dir) {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("%s has lost this name, and its other %d were not found: it is restored as a file of its own", r.record.Path, r.stat.Nlink))
 		}
 	}
@@ -180,14 +195,14 @@ const siblings = 4096
 // descriptor, or one in the directory where it had the lost one, as a program
 // leaves it that writes a new file first and then links it to its place (C
 // libraries do so with a semaphore). In memory all names are known.
-func (s *Set) otherName(dir string, st *unix.Stat_t) string {
+func (s *Set) otherName(v *namespace.View, dir string, st *unix.Stat_t) string {
 	if s.Named != nil {
 		if now := s.Named(st.Dev, st.Ino); now != "" {
 			return now
 		}
 	}
 	same := func(path string) bool {
-		now, err := s.lstat(path)
+		now, err := lstat(v.Root, path)
 		return err == nil && now.Dev == st.Dev && now.Ino == st.Ino
 	}
 	for _, one := range s.all {
@@ -196,7 +211,7 @@ func (s *Set) otherName(dir string, st *unix.Stat_t) string {
 		}
 	}
 	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
-	fd, err := unix.Openat2(int(s.Root.Fd()), dir, &how)
+	fd, err := unix.Openat2(int(v.Root.Fd()), dir, &how)
 	if err != nil {
 		return ""
 	}
@@ -308,10 +323,14 @@ func (r *removed) save(w *image.Writer, buf []byte, progress func(int) error) er
 func (m *Maker) makeRemoved() error {
 	var refs []image.Ref
 	for _, ref := range Refs(m.head) {
-		if m.head.Removed(ref) != nil {
+		if rec := m.head.Removed(ref); rec != nil && rec.Inside == 0 {
 			refs = append(refs, ref)
 		}
 	}
+	return m.makeAllRemoved(refs)
+}
+
+func (m *Maker) makeAllRemoved(refs []image.Ref) error {
 	slices.SortStableFunc(refs, func(a, b image.Ref) int {
 		return strings.Compare(m.head.Removed(a).Path, m.head.Removed(b).Path)
 	})
@@ -462,7 +481,8 @@ func (m *Maker) adoptRemoved(ref image.Ref, rec *image.Removed, fd int) error {
 		mode &^= unix.S_ISUID | unix.S_ISGID
 	}
 	var b tracee.Batch
-	self := b.String(fmt.Sprintf("/proc/self/fd/%d", fd))
+	dir, path := m.throughProc(fd)
+	self := b.String(path)
 	anchor := -1
 	if rec.Link == "" {
 		if rec.Mode&unix.S_IFMT == unix.S_IFREG {
@@ -470,10 +490,10 @@ func (m *Maker) adoptRemoved(ref image.Ref, rec *image.Removed, fd int) error {
 		}
 		b.Add(unix.SYS_FCHOWNAT, tracee.W(fd), b.String(""), tracee.W(rec.UID), tracee.W(rec.GID), tracee.W(unix.AT_EMPTY_PATH))
 		if rec.Mode&unix.S_IFMT != unix.S_IFLNK {
-			b.Add(unix.SYS_FCHMODAT, tracee.W(unix.AT_FDCWD), self, tracee.W(mode))
+			b.Add(unix.SYS_FCHMODAT, dir, self, tracee.W(mode))
 		}
 		if rec.Mode&unix.S_IFMT == unix.S_IFREG {
-			anchor = b.Add(unix.SYS_OPENAT, tracee.W(unix.AT_FDCWD), self, tracee.W(unix.O_PATH|unix.O_CLOEXEC))
+			anchor = b.Add(unix.SYS_OPENAT, dir, self, tracee.W(unix.O_PATH|unix.O_CLOEXEC))
 			if !rec.Unnamed {
 				b.Add(unix.SYS_CLOSE, tracee.W(fd))
 			}

@@ -297,7 +297,8 @@ type Set struct {
 	unreads     []*unread
 	flying      []*os.File // descriptors in flight
 	mappedIn    map[*object.Object]bool
-	placed      []func() // complete records with the mount namespaces of their paths
+	socketIn    *namespace.View // of the socket that is read
+	placed      []func()        // complete records with the mount namespaces of their paths
 }
 
 // Env is what the room must know of the container.
@@ -736,15 +737,17 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	if o := s.mapped[key]; o != nil {
 		return o, nil
 	}
-	at, err := s.locate(s.own(), path, &st, link)
-	var in *namespace.View
+	in := s.mountedIn(link)
+	if in != nil && s.resolves(path, &st) == nil {
+		in = nil // the container has it too
+	}
+	v := in
+	if v == nil {
+		v = s.own()
+	}
+	at, err := s.locate(v, path, &st, link)
 	if err != nil {
-		if in = s.mountedIn(link); in == nil {
-			return nil, err
-		}
-		if at, err = s.locate(in, path, &st, link); err != nil {
-			return nil, err
-		}
+		return nil, err
 	}
 	name, gone := at.path, at.gone
 	rec := &image.File{Kind: image.KindRegular, Flags: unix.O_RDONLY, Path: name, Size: st.Size, Mtime: st.Mtim.Nano(), Mode: st.Mode, Mnt: at.mnt}
@@ -763,8 +766,10 @@ func (s *Set) Mapped(pid int, path, link string, write bool) (*object.Object, er
 	}
 	s.mapped[key] = o
 	s.maps = append(s.maps, o)
-	if in != nil && gone == nil {
+	if in != nil && (gone == nil || gone.in.Ref != nil) {
 		s.mappedIn[o] = true
+	}
+	if in != nil && gone == nil {
 		s.placed = append(s.placed, func() { rec.Inside = *in.Ref })
 	}
 	return o, nil

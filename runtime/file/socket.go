@@ -48,9 +48,12 @@ var socket = kind{
 				return err
 			}
 		}
-		d.Record.Kind = image.KindSocket
+		d.Record.Kind, s.socketIn = image.KindSocket, nil
 		if d.Record.Socket, err = sock.Read(in, fd, d.seen.stat.Ino); err != nil {
 			return err
+		}
+		if s.socketIn != nil {
+			s.inside(d, s.socketIn)
 		}
 		return s.note(d, in)
 	},

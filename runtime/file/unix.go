@@ -23,6 +23,7 @@ type unixSocket struct {
 	pending bool // its connection waits to be accepted in the container
 	paired  bool // its connection is recorded
 	lost    bool // what is unread in it goes with its peer
+	named   bool // in a mount namespace that a task has made
 }
 
 func (u *unixSocket) is(kind int32) bool { return u.Record.Socket.Type == kind }
@@ -36,7 +37,7 @@ func (s *Set) note(d *Description, in *sock.Inside) error {
 	if err != nil {
 		return err
 	}
-	u := &unixSocket{Description: d, inode: d.seen.stat.Ino, diag: diag}
+	u := &unixSocket{Description: d, inode: d.seen.stat.Ino, diag: diag, named: s.socketIn != nil}
 	s.unixes = append(s.unixes, u)
 	s.unixOf[u.inode] = u
 	return nil
@@ -199,6 +200,9 @@ func (s *Set) leaveOutside(u *unixSocket, f *os.File) error {
 // acceptLater records the connections that a listening socket has yet to accept.
 // What clients have sent lies where no descriptor leads.
 func (s *Set) acceptLater(u *unixSocket) error {
+	if len(u.diag.Pending) > 0 && u.named {
+		return fail.Refuse("", "a connection waits to be accepted, and its file lies in a mount namespace that a task has made; that is not supported yet", "let the program accept it")
+	}
 	for _, inode := range u.diag.Pending {
 		from := s.unixOf[inode]
 		if inode != 0 && from == nil {
@@ -215,10 +219,26 @@ func (s *Set) acceptLater(u *unixSocket) error {
 	return nil
 }
 
+// elsewhere finds the file of a socket in a mount namespace that a task has made,
+// and keeps that for whom it looks.
+func (s *Set) elsewhere(fd int, path string) bool {
+	var st unix.Stat_t
+	if s.Views == nil || unix.Fstat(fd, &st) != nil {
+		return false
+	}
+	for _, v := range s.Views() {
+		if resolves(v.Root, path, &st) == nil {
+			s.socketIn = v
+			return true
+		}
+	}
+	return false
+}
+
 // inside is what the room of sockets must know of the container.
 func (s *Set) insideOf(pid int) *sock.Inside {
 	if s.sockets == nil {
-		s.sockets = &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", pid), Lstat: s.lstat, Choices: s.Sockets, IDs: s.IDs, Pid: func(host int32) int32 {
+		s.sockets = &sock.Inside{NetNS: fmt.Sprintf("/proc/%d/ns/net", pid), Lstat: s.lstat, Elsewhere: s.elsewhere, Choices: s.Sockets, IDs: s.IDs, Pid: func(host int32) int32 {
 			if s.Inner == nil {
 				return 0
 			}

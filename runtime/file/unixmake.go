@@ -670,6 +670,9 @@ func (u *unixMaker) bindAll() error {
 
 func (u *unixMaker) bind(ref image.Ref, s *image.Socket) error {
 	name, fd, f := sock.UnixName(s.Address), u.fds[ref], u.head.File(ref)
+	if f.Inside != 0 {
+		return u.bindInside(fd, f, s)
+	}
 	if s.Address[2] != 0 && s.Path == "" {
 		at, err := u.bindScratch(fd, s.Address)
 		if err != nil {
@@ -692,6 +695,49 @@ func (u *unixMaker) bind(ref image.Ref, s *image.Socket) error {
 		})
 	}
 	return u.bindBeside(fd, f, s)
+}
+
+// bindInside binds a socket in a mount namespace that a task has made.
+func (u *unixMaker) bindInside(fd int, f *image.File, s *image.Socket) error {
+	by, nested := u.insider(u.stubs, f)
+	if by == nil {
+		return errors.New("no task is in the mount namespace that its file is in")
+	}
+	mine, err := u.stub.Take(fd)
+	if err != nil {
+		return err
+	}
+	defer mine.Close()
+	at, err := u.Send(by, mine)
+	if err != nil {
+		return err
+	}
+	own := *s
+	if owner := u.head.UserOf(u.pidOf(by)); nested && owner != nil {
+		ids := task.IDMaps{UID: owner.User.UIDMap, GID: owner.User.GIDMap}
+		own.UID, own.GID = ids.User(s.UID), ids.Group(s.GID)
+	}
+	m := *u.Maker
+	m.stub, m.stays = by, nested
+	there := *u
+	there.Maker = &m
+	if err := there.asOpener(f, func(b *tracee.Batch) { sock.BindUnix(b, at, &own) }); err != nil {
+		return err
+	}
+	var b tracee.Batch
+	b.Add(unix.SYS_CLOSE, tracee.W(at))
+	_, err = by.Run(&b)
+	return err
+}
+
+// pidOf is the pid of a stub's task.
+func (u *unixMaker) pidOf(s *tracee.Stub) int32 {
+	for pid, one := range u.stubs {
+		if one == s {
+			return int32(pid)
+		}
+	}
+	return 0
 }
 
 // bindBeside binds a socket by a name that does not lead to its file any more: in

@@ -287,6 +287,11 @@ func (s *Set) Inherited(outer *Set) *image.Mount {
 	return nil
 }
 
+// Shares reports whether the container's own mounts show a file system.
+func (s *Set) Shares(dev uint64) bool {
+	return slices.ContainsFunc(s.outer[0].infos, func(m *mountinfo.Info) bool { return unix.Mkdev(uint32(m.Major), uint32(m.Minor)) == dev })
+}
+
 // all are the mounts of the namespace, the container's and those of namespaces
 // before it.
 func (s *Set) all() (out []image.Mount) {

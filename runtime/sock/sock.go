@@ -21,6 +21,9 @@ type Inside struct {
 	NetNS string // path of the network namespace, /proc/PID/ns/net
 	// Lstat looks at a path as the container's root sees it.
 	Lstat func(path string) (*unix.Stat_t, error)
+	// Elsewhere reports whether a path leads to a socket's file, which is open, in a
+	// mount namespace that a task has made.
+	Elsewhere func(fd int, path string) bool
 	// Pid is the number of a process in the container, by its number here; 0
 	// for one that is not, or not any more, in it.
 	Pid func(host int32) int32

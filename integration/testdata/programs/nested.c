@@ -42,6 +42,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 
 #define HOLDERS_MAX 64
@@ -263,6 +264,8 @@ static void compare(struct text *was, struct text *is)
 }
 
 static int memory = -1, top = -1;	/* held open by step y */
+static int removed = -1, listener;
+static char *mapped;
 static int below;	/* something covers it */
 static int shared;	/* step v */
 
@@ -278,6 +281,22 @@ static void check_content(int at)
 	need(readlinkat(top, "symlink", text, sizeof(text)) == 7 && !memcmp(text, "nowhere", 7));
 	need(!fstatat(top, "fifo", &now, 0) && now.st_mode == (S_IFIFO | 0640));
 	need(lseek(memory, 0, SEEK_CUR) == 3);
+	need(!memcmp(mapped, "content", 7) && !memcmp(mapped + 4096, "private", 7));
+	if (removed < 0)
+		return;
+	need(pread(removed, text, 7, 0) == 7 && !memcmp(text, "removed", 7));
+	need(!fstat(removed, &now) && now.st_nlink == 0 && now.st_dev == st.st_dev);
+}
+
+/* Who knows the path gets to the socket. */
+static void check_listener(void)
+{
+	struct sockaddr_un at = { .sun_family = AF_UNIX, .sun_path = "/tmp/d/sock" };
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), peer;
+
+	need(fd >= 0 && !connect(fd, (void *)&at, sizeof(at)));
+	peer = accept(listener, NULL, NULL);
+	need(peer >= 0 && !close(peer) && !close(fd));
 }
 
 /* A mount appears with the peers and the slaves. */
@@ -303,6 +322,8 @@ static void use_memory(void)
 		check_content(dir);
 	if (memory >= 0 && !below)
 		need(!stat("/tmp/d", &st) && !fstat(dir, &now) && st.st_ino == now.st_ino);
+	if (listener && !below)
+		check_listener();
 	if (below)
 		need(!access("/tmp/above", F_OK) && access("/tmp/d", F_OK));
 	if (shared)
@@ -488,6 +509,8 @@ static void open_files(void)
 	need(!chdir("/tmp/held"));
 }
 
+static void hold_memory(void);
+
 static void fill_memory(void)
 {
 	need(!mount("own", "/tmp", "tmpfs", MS_NOSUID, "size=1m,mode=711"));
@@ -499,11 +522,34 @@ static void fill_memory(void)
 	need(dir >= 0 && memory >= 0 && !link("/tmp/d/f", "/tmp/link"));
 	need(write(memory, "content", 7) == 7 && !ftruncate(memory, 300000));
 	need(lseek(memory, 3, SEEK_SET) == 3 && !chdir("/tmp/d"));
+	hold_memory();
+}
+
+static void hold_memory(void)
+{
+	struct sockaddr_un at = { .sun_family = AF_UNIX, .sun_path = "/tmp/d/sock" };
+
+	mapped = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE, memory, 0);
+	need(mapped != MAP_FAILED);
+	memcpy(mapped + 4096, "private", 7);
+	if (removed >= 0)
+		close(removed);
+	removed = open("/tmp/removed", O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	need(removed >= 0 && write(removed, "removed", 7) == 7 && !unlink("/tmp/removed"));
+	if (listener)
+		close(listener);
+	listener = 0;
+	if (access("/tmp/d/sock", F_OK)) {
+		listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		need(listener > 0 && !bind(listener, (void *)&at, sizeof(at)) && !listen(listener, 3));
+	}
 }
 
 static void cover(void)
 {
-	need(!mount("cover", "/tmp", "tmpfs", 0, "mode=755"));
+	need(!close(removed) && !close(listener) && !mount("cover", "/tmp", "tmpfs", 0, "mode=755"));
+	removed = -1;
+	listener = 0;
 	close(open("/tmp/above", O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
 	below = 1;
 }
