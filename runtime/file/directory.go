@@ -214,18 +214,23 @@ func (m *Maker) turn(id fileID, readers []*cursor) error {
 		}
 	}
 	for _, c := range readers {
-		all, at, err := c.list()
+		all, _, err := c.list()
 		if err != nil {
 			return err
 		}
 		first, again := c.position(all)
-		if first < len(all) {
-			at = all[first].at
-		}
 		if len(again) > 0 {
 			m.Warn("a directory that was read half-way lists its names in another order now; some will be read again", "path", c.record.Path, "names", len(again))
 		}
-		if _, err := unix.Seek(int(c.file.Fd()), at, unix.SEEK_SET); err != nil {
+		if first < len(all) {
+			_, err = unix.Seek(int(c.file.Fd()), all[first].at, unix.SEEK_SET)
+		} else {
+			// Not by seeking: ext4 takes the beginning for where it is, if the first
+			// read of an open directory is at its end (last_pos in ext4_dx_readdir,
+			// fs/ext4/dir.c), and lists nothing after a rewind.
+			_, _, err = list(c.file, 1<<62)
+		}
+		if err != nil {
 			return err
 		}
 	}
